@@ -1,0 +1,907 @@
+"""Hope: self-modifying Titans followed by a continuum memory system, and the memories they are made of.
+
+Follows *Nested Learning* (Behrouz, Razaviyayn, Zhong, Mirrokni; arXiv 2512.24695). Equation numbers are the arXiv
+version's. What to know before reading:
+
+- A memory is a small network whose weights are state. Reading it is a forward pass; writing it is a step of an inner
+  optimizer. Its start state is a parameter, and gradients flow through every write, so the start state is meta-learnt.
+- Time runs in chunks. Inside a chunk every inner gradient is taken at the state the chunk started from (eq. 90, with
+  the index that does not leak); the writes themselves act token by token, in one call of `kernels.dgd_chunk`.
+- A state carries everything between calls, so a sequence may be cut anywhere.
+- Shapes: b batch, t time, d model width, h heads, e head width, n memories side by side, c tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels import chunk_gates, dgd_chunk
+
+INF = float("inf")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError for a field of `config` annotated as a Literal that holds something else."""
+    for name, hint in get_type_hints(type(config)).items():
+        allowed, value = get_args(hint), getattr(config, name)
+        if "Literal" in str(hint) and value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def unknown_preset(kind: str, name: str, table: dict) -> ValueError:
+    return ValueError(f"no {kind} called {name!r}; choose one of: {', '.join(table)}")
+
+
+def setting(default: Any, help: str) -> Any:
+    """A config field; `help` is what `train.py --help` says of it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What a memory is. Each known sequence layer is a row of choices here (`MemoryConfig.preset`)."""
+
+    d_model: int = setting(128, "model width")
+    n_head: int = setting(4, "heads; every head has memories of its own, d_model / n_head wide")
+    depth: Literal[0, 1, 2] = setting(
+        2, "0: softmax attention, no parameters; 1: linear memory M x; 2: MLP memory x + W1 silu(W2 x) (eq. 89)"
+    )
+    objective: Literal["dot", "l2"] = setting("l2", "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2")
+    rule: Literal["gd", "dgd"] = setting("dgd", "inner optimizer: gradient descent or delta gradient descent (eq. 88)")
+    step: Literal["exact", "one"] = setting(
+        "exact", "inner step size: exact is eta / (1 + eta |x|^2) with a learnt eta (eq. 57); one is always 1"
+    )
+    momentum: bool = setting(True, "momentum on the inner gradient, with a learnt gate theta")
+    decay: bool = setting(True, "retention gate alpha; off means that nothing is forgotten")
+    adaptive: tuple[str, ...] = setting(
+        ("k", "v", "eta", "alpha"), "which of k, v, q, eta, alpha are read from memories that are written too"
+    )
+    self_values: bool = setting(True, "every memory generates the value it is written with (eq. 84)")
+    chunk: int = setting(32, "tokens between two refreshes of the main memory's gradients")
+    chunk_proj: int = setting(32, "the same for the memories that produce k, v, q, eta, alpha")
+    read: Literal["token", "after", "chunk"] = setting(
+        "token", "token: y_t from the state before token t (eq. 86); after: from the one after it; chunk: the chunk's start"
+    )
+    conv: int = setting(4, "width of the causal depthwise convolution in front; 0 for none")
+    qk_norm: bool = setting(True, "l2-normalise keys and queries")
+    project: bool = setting(True, "static projections into and out of the heads; off is the paper's literal form, one head")
+    window: int = setting(0, "softmax attention only: how many tokens back it sees; 0 for all")
+
+    PRESETS = {
+        "hope": {},
+        "linear-attention": dict(
+            depth=1, objective="dot", rule="gd", step="one", momentum=False, decay=False, adaptive=(),
+            self_values=False, read="after",
+        ),
+        "deltanet": dict(
+            depth=1, objective="dot", momentum=False, decay=False, adaptive=(), self_values=False, read="after"
+        ),
+        "attention": dict(depth=0, adaptive=()),
+    }  # fmt: skip
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> MemoryConfig:
+        """The layer called `name` (see PRESETS), with any field overridden. ValueError for an unknown name."""
+        if name not in cls.PRESETS:
+            raise unknown_preset("memory preset", name, cls.PRESETS)
+        return cls(**{**cls.PRESETS[name], **overrides})
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_positive(self, "d_model", "n_head", "chunk", "chunk_proj")
+        if self.d_model % self.n_head:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
+        if unknown := set(self.adaptive) - {"k", "v", "q", "eta", "alpha"}:
+            raise ValueError(f"adaptive names {sorted(unknown)}; allowed: k, v, q, eta, alpha")
+        if self.conv < 0 or self.window < 0:
+            raise ValueError(f"conv is {self.conv}, window is {self.window}; neither can be negative")
+        if not self.project and self.n_head > 1:
+            raise ValueError(f"project=False is the one-head form, but n_head is {self.n_head}; set n_head=1")
+        for name, off in (("eta", self.step == "one"), ("alpha", not self.decay)):
+            if name in self.adaptive and off:
+                raise ValueError(f"adaptive names {name}, which this memory does not have; leave it out of adaptive")
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_head
+
+
+@dataclass(frozen=True)
+class HopeConfig:
+    """A language model: `n_layer` blocks of a memory and a continuum memory system (eqs. 94-97)."""
+
+    vocab_size: int = setting(256, "number of tokens")
+    n_layer: int = setting(3, "blocks")
+    memory: MemoryConfig = MemoryConfig()
+    cms: tuple[float, ...] = setting(
+        (64, 256, INF), "chunk size of each MLP of the continuum memory system; inf moves with the outer optimizer only"
+    )
+    cms_hidden: float = setting(2.0, "hidden width of each of these MLPs, as a multiple of d_model")
+    cms_rate: float = setting(1.0, "start value of their learnt inner step size, per mean gradient of a chunk; 0 turns writes off")
+    mlp: Literal["silu", "swiglu"] = setting("silu", "kind of MLP")
+    inner_grad: Literal["first-order", "full"] = setting(
+        "first-order", "whether the outer gradient sees through the inner one (full costs a second derivative)"
+    )
+
+    # Width, heads and depth by size; what is left of the parameter budget goes to the MLPs.
+    SIZES = {"tiny": dict(d_model=128, n_head=4, n_layer=3)}
+    ARCHS = {
+        "hope": dict(memory="hope"),
+        "hope-attention": dict(memory="attention"),
+        "transformer++": dict(memory="attention", cms=(INF,), mlp="swiglu", cms_hidden=4.0),
+    }
+
+    @classmethod
+    def preset(cls, size: str = "tiny", arch: str = "hope", **overrides: Any) -> HopeConfig:
+        """`arch` at `size`, with any field of HopeConfig or MemoryConfig overridden by its name."""
+        if size not in cls.SIZES:
+            raise unknown_preset("size", size, cls.SIZES)
+        if arch not in cls.ARCHS:
+            raise unknown_preset("architecture", arch, cls.ARCHS)
+        settings = {**cls.SIZES[size], **cls.ARCHS[arch], **overrides}
+        memory = settings.pop("memory")
+        inner = {f.name: settings.pop(f.name) for f in fields(MemoryConfig) if f.name in settings}
+        if unknown := set(settings) - {f.name for f in fields(cls)}:
+            raise ValueError(f"unknown setting {sorted(unknown)}; see HopeConfig and MemoryConfig for the names")
+        if not isinstance(memory, str):
+            return cls(memory=replace(memory, **inner), **settings)
+        return cls(memory=MemoryConfig.preset(memory, **inner), **settings)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_positive(self, "vocab_size", "n_layer")
+        if not self.cms:
+            raise ValueError("cms is empty; give at least one chunk size, inf for a plain MLP")
+        for c in self.cms:
+            if c != INF and (c < 1 or c != int(c) or c % self.segment):
+                raise ValueError(f"cms has {c}; chunk sizes are inf or multiples of the smallest, {self.segment}")
+        if self.cms_rate < 0:
+            raise ValueError(f"cms_rate is {self.cms_rate}; a step size cannot be negative")
+
+    @property
+    def segment(self) -> int | None:
+        """Tokens between two writes of the fastest MLP; None if none is written in context."""
+        finite = [int(c) for c in self.cms if c != INF]
+        return min(finite) if finite and self.cms_rate > 0 else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# States
+
+
+def map_state(fn: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Apply `fn` to every tensor of a state (dataclasses, lists and tuples of tensors)."""
+    if isinstance(state, Tensor):
+        return fn(state)
+    if is_dataclass(state):
+        return replace(state, **{f.name: map_state(fn, getattr(state, f.name)) for f in fields(state)})
+    if isinstance(state, (list, tuple)):
+        return type(state)(map_state(fn, s) for s in state)
+    return state
+
+
+@dataclass
+class Weights:
+    """One group of n memories in mid-stream: per layer, tensors (b, h, n, o, i)."""
+
+    now: list[Tensor]
+    momentum: list[Tensor] | None
+    anchor: list[Tensor]  # `now` as it was when the open chunk began; gradients are taken here
+
+
+@dataclass
+class MemoryState:
+    t: int  # tokens seen
+    tail: Tensor | None  # (b, conv - 1, d) inputs that the convolution still needs
+    proj: Weights | None
+    main: Weights
+
+
+@dataclass
+class AttentionState:
+    t: int
+    tail: Tensor | None
+    k: Tensor  # (b, h, t, e)
+    v: Tensor
+
+
+@dataclass
+class FastMLP:
+    """In-context change of one MLP of a CMS, per sequence: tensors (b, *weight.shape)."""
+
+    delta: list[Tensor]
+    total: list[Tensor]  # gradient summed since the chunk began
+
+
+@dataclass
+class HopeState:
+    """Everything `Hope` carries between two calls.
+
+    `memories` stand after the last token. A CMS is written when its chunk is complete, by gradients through that whole
+    chunk, so an open segment keeps its tokens and the memories it began with (`segment`).
+    """
+
+    memories: list[MemoryState | AttentionState]
+    cms: list[list[FastMLP | None]]
+    observed: int = 0  # tokens observed, which is the clock of the CMS
+    pending: Tensor | None = None  # (b, 1) the last token, whose target has not been seen
+    segment: Segment | None = None
+
+    def detach(self) -> HopeState:
+        """The same state cut off from the graph that made it."""
+        return map_state(Tensor.detach, self)
+
+
+@dataclass
+class Segment:
+    tokens: Tensor  # (b, s)
+    targets: Tensor  # (b, s)
+    memories: list[MemoryState | AttentionState]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memories
+
+
+def causal_conv(conv: nn.Conv1d | None, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x: (b, t, d) and the inputs before it -> the convolution's output (b, t, d) and the new tail."""
+    if conv is None:
+        return x, None
+    x = torch.cat([tail.to(x.dtype), x], 1)
+    return conv(x.mT).mT, x[:, x.shape[1] - tail.shape[1] :]
+
+
+def apply_memory(layers: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Read memories of weights (b, h, n, o, i) at x (b, h, n or 1, c, i): M x, or x + W1 silu(W2 x) (eq. 89)."""
+    if len(layers) == 1:
+        return x @ layers[0].mT
+    w2, w1 = layers
+    return x + F.silu(x @ w2.mT) @ w1.mT
+
+
+def inner_gradients(
+    layers: Sequence[Tensor], k: Tensor, v: Tensor, objective: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Per layer its input (..., c, i) and the inner loss's gradient at its output (..., c, o), each token by itself."""
+    if len(layers) == 1:
+        return [(k, k @ layers[0].mT - v if objective == "l2" else -v)]
+    w2, w1 = layers
+    z = k @ w2.mT
+    gate = torch.sigmoid(z)
+    hidden = z * gate
+    d1 = k + hidden @ w1.mT - v if objective == "l2" else -v
+    return [(k, (d1 @ w1) * (gate * (1 + z - hidden))), (hidden, d1)]
+
+
+class Memory(nn.Module):
+    """A sequence layer: in every head a memory that is written and read token by token.
+
+    Reads (eq. 86):   k, v, eta, alpha = M_k(x), M_v(x), M_eta(x), M_alpha(x);   y = M(q);   q = W_q x
+    Writes (eq. 88):  each memory M_b moves by delta gradient descent on loss(M_b; k, M_b(v)), see `kernels.dgd_chunk`
+
+    where the names in `config.adaptive` are memories of their own and the rest static projections of x. Choices the
+    paper leaves open: heads; eta and alpha are scalars per head, read out of M_eta and M_alpha by a learnt vector;
+    the step that multiplies a layer's update is the minimiser of eq. 56 for that layer's input,
+    eta / (1 + eta |x|^2); momentum applies to the inner gradient, not to the delta term; self-generated values are
+    l2-normalised and rescaled by a learnt factor, without which a model writes ever larger targets for itself.
+    """
+
+    def __new__(cls, config: MemoryConfig):
+        # Attention is the member of the family without parameters: `Memory(config)` makes either.
+        return super().__new__(Attention if cls is Memory and config.depth == 0 else cls)
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__()
+        self.config = config
+        d, h, e = config.d_model, config.n_head, config.d_head
+        self.conv = nn.Conv1d(d, d, config.conv, groups=d, bias=False) if config.conv else None
+        self.to_y = nn.Linear(d, d, bias=False) if config.project else None
+        self.y_norm = nn.Parameter(torch.ones(h, 1, e)) if config.project else None
+        self._init_parts()
+        if self.conv is not None:  # starts as the identity
+            nn.init.normal_(self.conv.weight, std=0.1)
+            with torch.no_grad():
+                self.conv.weight[:, 0, -1] += 1
+
+    def _init_parts(self) -> None:
+        c, d, h, e = self.config, self.config.d_model, self.config.n_head, self.config.d_head
+        self.adaptive = [b for b in ("k", "v", "q", "eta", "alpha") if b in c.adaptive]
+        static = lambda name, width: None if name in c.adaptive else nn.Linear(d, width, bias=False)
+        self.to_k, self.to_v, self.to_q = static("k", d), static("v", d), static("q", d)
+        self.to_u = nn.Linear(d, d, bias=False) if c.adaptive and c.project else None
+        # A gate is bias + <read, M(x)> per head if adaptive, bias + W x if not. At the start: remember, learn slowly.
+        self.gates = nn.ModuleDict()
+        for name, present, bias in (("eta", c.step == "exact", -2.0), ("alpha", c.decay, 4.0), ("theta", c.momentum, 0.0)):
+            if present:
+                self.gates[name] = Gate(h, e, bias) if name in c.adaptive else StaticGate(d, h, bias)
+        self.start = nn.ParameterDict()
+        for group, n in (("proj", len(self.adaptive)), ("main", 1)):
+            if n == 0:
+                continue
+            if c.depth == 1:
+                self.start[f"{group}_0"] = nn.Parameter(torch.zeros(h, n, e, e))
+            else:
+                self.start[f"{group}_0"] = nn.Parameter(torch.randn(h, n, e, e) / math.sqrt(e))
+                self.start[f"{group}_1"] = nn.Parameter(torch.randn(h, n, e, e) / math.sqrt(e) * 0.3)
+            if c.self_values:
+                self.start[f"{group}_scale"] = nn.Parameter(torch.ones(h, n, 1, 1))
+
+    def start_weights(self, group: str) -> list[Tensor]:
+        """Start states of a group's layers, each (h, n, o, i)."""
+        return [self.start[f"{group}_{layer}"] for layer in range(self.config.depth)]
+
+    def init_state(self, b: int) -> MemoryState:
+        """The state of b sequences before their first token."""
+
+        def group(name: str) -> Weights:
+            now = [w.expand(b, *w.shape) for w in self.start_weights(name)]
+            momentum = [torch.zeros_like(w) for w in now] if self.config.momentum else None
+            return Weights(now, momentum, now)
+
+        return MemoryState(0, self._empty_tail(b), group("proj") if self.adaptive else None, group("main"))
+
+    def _empty_tail(self, b: int) -> Tensor | None:
+        if self.conv is None:
+            return None
+        return self.conv.weight.new_zeros(b, self.config.conv - 1, self.config.d_model)
+
+    def _heads(self, x: Tensor, to: nn.Linear | None) -> Tensor:
+        return rearrange(x if to is None else to(x), "b t (h e) -> b h t e", h=self.config.n_head)
+
+    def _out(self, y: Tensor) -> Tensor:
+        """y: (b, h, t, e) -> (b, t, d)"""
+        if self.to_y is None:
+            return rearrange(y, "b h t e -> b t (h e)")
+        y = F.rms_norm(y, y.shape[-1:]) * self.y_norm
+        return self.to_y(rearrange(y, "b h t e -> b t (h e)").to(self.to_y.weight.dtype))
+
+    def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+        """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
+        c = self.config
+        state = state or self.init_state(x.shape[0])
+        x, tail = causal_conv(self.conv, x, state.tail)
+        # What does not depend on a memory is computed for all tokens at once; (b, h, t, e) and gates (b, h, t).
+        streams = {"u": self._heads(x, self.to_u)} if self.adaptive else {}
+        for name, to in (("k", self.to_k), ("v", self.to_v), ("q", self.to_q)):
+            if name not in self.adaptive:
+                streams[name] = self._heads(x, to)
+        for name, gate in self.gates.items():
+            if name not in self.adaptive:
+                streams[name] = gate(x)
+        groups = {name: group for name in ("proj", "main") if (group := getattr(state, name)) is not None}
+        ys, s, t = [], 0, state.t
+        with torch.autocast(x.device.type, enabled=False):
+            streams = {name: z if z.dtype == torch.float64 else z.float() for name, z in streams.items()}
+            while s < x.shape[1]:
+                if t % c.chunk_proj == 0 and "proj" in groups:
+                    groups["proj"] = replace(groups["proj"], anchor=groups["proj"].now)
+                if t % c.chunk == 0:
+                    groups["main"] = replace(groups["main"], anchor=groups["main"].now)
+                n = min(x.shape[1] - s, c.chunk - t % c.chunk, c.chunk_proj - t % c.chunk_proj)
+                y, groups = self._write_and_read({name: z[:, :, s : s + n] for name, z in streams.items()}, groups)
+                ys.append(y)
+                s, t = s + n, t + n
+        y = self._out(torch.cat(ys, 2)) if ys else torch.zeros_like(x)
+        return y, MemoryState(t, tail, groups.get("proj"), groups["main"])
+
+    def _write_and_read(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
+        """Tokens that lie within one chunk: streams (b, h, c, e), gates (b, h, c) -> y (b, h, c, e), new groups."""
+        c, z = self.config, dict(streams)
+        if self.adaptive:
+            u = z.pop("u").unsqueeze(2)
+            reads = apply_memory(groups["proj"].anchor, F.normalize(u, dim=-1) if c.qk_norm else u)
+            z.update(zip(self.adaptive, reads.unbind(2)))
+        k, v, q = (F.normalize(z[b], dim=-1) if c.qk_norm and b != "v" else z[b] for b in ("k", "v", "q"))
+        gates = {b: self.gates[b](z[b]) if b in self.adaptive else z[b] for b in self.gates}
+        eta = F.softplus(gates["eta"]) if "eta" in gates else torch.ones_like(k[..., 0])
+        alpha = torch.sigmoid(gates["alpha"]) if "alpha" in gates else torch.ones_like(eta)
+        theta = torch.sigmoid(gates["theta"]).unsqueeze(2) if "theta" in gates else None
+        eta, alpha, k, v = (w.unsqueeze(2) for w in (eta, alpha, k, v))
+        through = chunk_gates(alpha, theta)
+        y, new = q.unsqueeze(2), {}
+        for name, group in groups.items():
+            value = v
+            if c.self_values:
+                value = self.start[f"{name}_scale"] * F.normalize(apply_memory(group.anchor, v), dim=-1)
+            query = y if name == "main" and c.read != "chunk" else None
+            now, momentum = [], []
+            for layer, (x, grad) in enumerate(inner_gradients(group.anchor, k, value, c.objective)):
+                if c.momentum:
+                    grad = (1 - theta).unsqueeze(-1) * grad
+                step = eta / (1 + eta * x.square().sum(-1)) if c.step == "exact" else eta
+                weights, m, query = dgd_chunk(
+                    group.now[layer], x, grad, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
+                    m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through,
+                )  # fmt: skip
+                now.append(weights)
+                momentum.append(m)
+                if query is not None and layer + 1 < c.depth:
+                    query = F.silu(query)
+            new[name] = Weights(now, momentum if c.momentum else None, group.anchor)
+        if query is None:
+            y = apply_memory(groups["main"].anchor, y)
+        else:
+            y = query if c.depth == 1 else y + query
+        return y.squeeze(2), new
+
+
+class Gate(nn.Module):
+    """(b, h, c, e) -> (b, h, c): a scalar per head, read out of an adaptive memory's output."""
+
+    def __init__(self, n_head: int, d_head: int, bias: float):
+        super().__init__()
+        self.read = nn.Parameter(torch.randn(n_head, 1, d_head) * 0.1)
+        self.bias = nn.Parameter(torch.full((n_head, 1), bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.read).sum(-1) + self.bias
+
+
+class StaticGate(nn.Linear):
+    """(b, t, d) -> (b, h, t): a scalar per head, straight from the layer's input."""
+
+    def __init__(self, d_model: int, n_head: int, bias: float):
+        super().__init__(d_model, n_head)
+        nn.init.constant_(self.bias, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mT
+
+
+class Attention(Memory):
+    """Softmax attention (eq. 62): the memory without parameters, whose state is every key and value it has seen.
+
+    Rotary positions, normalised queries and keys; with `window` it sees only that many tokens, itself included (eq. 63).
+    """
+
+    def _init_parts(self) -> None:
+        d, h = self.config.d_model, self.config.n_head
+        if self.config.d_head % 2:
+            raise ValueError(f"attention needs an even head width, not {self.config.d_head}; change n_head or d_model")
+        self.to_k, self.to_v, self.to_q = (nn.Linear(d, d, bias=False) for _ in range(3))
+        self.scale = nn.Parameter(torch.full((h, 1, 1), 10.0 if self.config.qk_norm else self.config.d_head**-0.5))
+
+    def init_state(self, b: int) -> AttentionState:
+        empty = self.to_k.weight.new_zeros(b, self.config.n_head, 0, self.config.d_head)
+        return AttentionState(0, self._empty_tail(b), empty, empty)
+
+    @staticmethod
+    def _rotate(x: Tensor, start: int) -> Tensor:
+        """Rotary embedding of x (b, h, t, e) at positions start, start + 1, ..."""
+        half = x.shape[-1] // 2
+        frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * frequency
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def forward(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
+        """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
+        c = self.config
+        state = state or self.init_state(x.shape[0])
+        x, tail = causal_conv(self.conv, x, state.tail)
+        q, k, v = (self._heads(x, to) for to in (self.to_q, self.to_k, self.to_v))
+        if c.qk_norm:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = self._rotate(q * self.scale, state.t), self._rotate(k, state.t)
+        k, v = torch.cat([state.k.to(k.dtype), k], 2), torch.cat([state.v.to(v.dtype), v], 2)
+        age = torch.arange(q.shape[2], device=x.device)[:, None] + (k.shape[2] - q.shape[2])
+        age = age - torch.arange(k.shape[2], device=x.device)
+        seen = (age >= 0) & (age < c.window) if c.window else age >= 0
+        plain = q.shape[2] == k.shape[2] and not c.window
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else seen, is_causal=plain, scale=1.0)
+        if c.window:
+            k, v = k[:, :, -c.window :], v[:, :, -c.window :]
+        return self._out(y), AttentionState(state.t + x.shape[1], tail, k, v)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Continuum memory system
+
+
+def matmul_weight(x: Tensor, weight: Tensor, delta: Tensor | None) -> Tensor:
+    """x (b, t, i) times (weight + delta)^T; weight (o, i), delta (b, o, i) or None."""
+    return F.linear(x, weight) if delta is None else x @ (weight + delta).to(x.dtype).mT
+
+
+class MLP(nn.Module):
+    """One block of a CMS, x + W_out silu(W_in norm(x)), or its SwiGLU form. `delta` changes the weights per sequence."""
+
+    def __init__(self, d: int, hidden: int, kind: str):
+        super().__init__()
+        self.norm = nn.RMSNorm(d)
+        self.w_in = nn.Linear(d, 2 * hidden if kind == "swiglu" else hidden, bias=False)
+        self.w_out = nn.Linear(hidden, d, bias=False)
+        self.kind = kind
+
+    def forward(self, x: Tensor, delta: Sequence[Tensor] | None = None) -> Tensor:
+        d_in, d_out = delta or (None, None)
+        z = matmul_weight(self.norm(x), self.w_in.weight, d_in)
+        if self.kind == "swiglu":
+            gate, z = z.chunk(2, -1)
+            z = F.silu(gate) * z
+        else:
+            z = F.silu(z)
+        return x + matmul_weight(z, self.w_out.weight, d_out)
+
+
+class CMS(nn.Module):
+    """Continuum memory system: a chain of MLPs, block l written every C_l tokens (eqs. 70, 71, 73).
+
+    A block with finite C_l is a fast weight, theta + delta with one delta per sequence. `write` moves it by the sum of
+    the chunk's gradients of the task loss, divided by C_l so that rates compare across levels. C_l = inf is a plain MLP.
+    """
+
+    def __init__(self, config: HopeConfig):
+        super().__init__()
+        d, self.chunks, self.rate0 = config.memory.d_model, config.cms, config.cms_rate
+        self.levels = nn.ModuleList(MLP(d, round(config.cms_hidden * d), config.mlp) for _ in config.cms)
+        written = config.segment is not None
+        self.fast = [written and c != INF for c in config.cms]
+        # Learnt and bounded: rates grow at most twofold, since a far too large one destroys what was learnt.
+        self.raw_rate = nn.ParameterList(nn.Parameter(torch.zeros(())) for f in self.fast if f)
+
+    def rates(self) -> list[Tensor]:
+        """Step size of every in-context level, per mean gradient of its chunk."""
+        return [2 * self.rate0 * torch.sigmoid(raw) for raw in self.raw_rate]
+
+    def init_state(self, b: int) -> list[FastMLP | None]:
+        def zeros(level: MLP) -> list[Tensor]:
+            return [w.new_zeros(b, *w.shape) for w in (level.w_in.weight, level.w_out.weight)]
+
+        return [FastMLP(zeros(l), zeros(l)) if fast else None for l, fast in zip(self.levels, self.fast)]
+
+    def forward(self, x: Tensor, state: Sequence[FastMLP | None]) -> Tensor:
+        """x: (b, t, d) -> (b, t, d), through the weights as they stand."""
+        for level, fast in zip(self.levels, state):
+            x = level(x, fast and fast.delta)
+        return x
+
+    def write(self, state: list[FastMLP | None], grads: list[list[Tensor] | None], t: int) -> list[FastMLP | None]:
+        """Add a segment's gradients; levels whose chunk ends at time t take their step (eq. 71)."""
+        rates = iter(self.rates())
+        new: list[FastMLP | None] = []
+        for fast, grad, chunk in zip(state, grads, self.chunks):
+            if fast is None:
+                new.append(None)
+                continue
+            rate, total = next(rates), [a + g for a, g in zip(fast.total, grad)]
+            if t % chunk == 0:
+                delta = [d - rate / chunk * a for d, a in zip(fast.delta, total)]
+                new.append(FastMLP(delta, [torch.zeros_like(a) for a in total]))
+            else:
+                new.append(FastMLP(fast.delta, total))
+        return new
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hope
+
+
+class Block(nn.Module):
+    def __init__(self, config: HopeConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.memory.d_model)
+        self.memory = Memory(config.memory)
+        self.cms = CMS(config)
+
+    def forward(self, x: Tensor, memory: Any, cms: list[FastMLP | None]) -> tuple[Tensor, Any]:
+        y, memory = self.memory(self.norm(x), memory)
+        return self.cms(x + y, cms), memory
+
+
+class Hope(nn.Module):
+    """Language model of `n_layer` blocks, each a memory and a CMS. See HopeConfig for its relatives."""
+
+    def __init__(self, config: HopeConfig):
+        super().__init__()
+        self.config = config
+        d = config.memory.d_model
+        self.embed = nn.Embedding(config.vocab_size, d)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(d)
+        self.head = nn.Linear(d, config.vocab_size, bias=False)
+        for name, module in self.named_modules():
+            if type(module) is nn.Linear:
+                shrink = (2 * config.n_layer) ** -0.5 if name.endswith(("to_y", "w_out")) else 1.0
+                nn.init.normal_(module.weight, std=shrink * module.in_features**-0.5)
+        nn.init.zeros_(self.head.weight)
+        nn.init.normal_(self.embed.weight)
+
+    def init_state(self, b: int) -> HopeState:
+        """The state of b sequences before their first token."""
+        return HopeState(
+            [block.memory.init_state(b) for block in self.blocks], [block.cms.init_state(b) for block in self.blocks]
+        )
+
+    def _run(self, tokens: Tensor, memories: list, cms: list) -> tuple[Tensor, list]:
+        x, new = self.embed(tokens), []
+        for block, memory, fast in zip(self.blocks, memories, cms):
+            x, memory = block(x, memory, fast)
+            new.append(memory)
+        return self.head(self.norm(x)), new
+
+    def _check(self, tokens: Tensor, state: HopeState | None) -> HopeState:
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}; give integers (batch, time)")
+        return state or self.init_state(tokens.shape[0])
+
+    def forward(self, tokens: Tensor, state: HopeState | None = None) -> tuple[Tensor, HopeState]:
+        """Read a stream without scoring it: memories are written, the CMS is read as it stands.
+
+        tokens: (b, t) integers. Returns logits (b, t, vocab_size) and the state.
+        """
+        state = self._check(tokens, state)
+        if state.pending is not None:
+            raise ValueError("this state has a pending token from observe; continue with observe, or pass targets to it")
+        state = self._close_segment(state)
+        logits, memories = self._run(tokens, state.memories, state.cms)
+        return logits, replace(state, memories=memories)
+
+    def _close_segment(self, state: HopeState) -> HopeState:
+        """Bank the gradient of an open segment, so that tokens which are not observed may follow."""
+        if state.segment is None:
+            return state
+        open, none = state.segment, state.segment.tokens[:, :0]
+        _, _, cms = self._segment(open, none, none, state.cms, state.observed)
+        return replace(state, cms=cms, segment=None)
+
+    def observe(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        state: HopeState | None = None,
+        backward: bool = False,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> tuple[Tensor, HopeState]:
+        """Read a stream and learn from it: memories are written, and so is the CMS, by its own prediction errors.
+
+        The stream is cut into segments of the smallest finite C_l. After each, every level adds the gradient of the
+        segment's loss to its sum, and levels whose chunk is complete take their step (eq. 71); the next segment runs
+        with the new weights. The same at training and at inference. Any cut of a stream gives the same result.
+
+        Args:
+            tokens: (b, t) integers.
+            targets: (b, t) what each token should be followed by, -100 to leave one out. Without targets the stream
+                predicts itself: the last token waits in the state for the first of the next call.
+            backward: also accumulate parameter gradients of the mean loss; the state returned is then detached.
+            reduction: "mean" nats per scored token, or "none" for all (b, t).
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction is {reduction!r}; allowed: mean, none")
+        state = self._check(tokens, state)
+        if targets is None:
+            if state.pending is not None:
+                tokens = torch.cat([state.pending, tokens], 1)
+            state = replace(state, pending=tokens[:, -1:])
+            tokens, targets = tokens[:, :-1], tokens[:, 1:]
+        elif state.pending is not None:
+            raise ValueError("this state has a pending token from observe without targets; go on without targets")
+        segment, losses, s = self.config.segment, [], 0
+        while s < tokens.shape[1]:
+            left = tokens.shape[1] - s
+            n = left if segment is None else min(left, segment - state.observed % segment)
+            loss, state = self._observe_piece(tokens[:, s : s + n], targets[:, s : s + n], state)
+            losses.append(loss)
+            s += n
+        loss = torch.cat(losses, 1) if losses else tokens.new_zeros(tokens.shape, dtype=self.head.weight.dtype)
+        if reduction == "mean":
+            loss = loss.sum() / (targets != -100).sum().clamp(min=1)
+        if backward:
+            loss.sum().backward()
+            loss, state = loss.detach(), state.detach()
+        return loss, state
+
+    def _observe_piece(self, tokens: Tensor, targets: Tensor, state: HopeState) -> tuple[Tensor, HopeState]:
+        """Tokens that lie within one segment."""
+        observed, segment = state.observed + tokens.shape[1], self.config.segment
+        if segment is None or observed % segment:
+            logits, memories = self._run(tokens, state.memories, state.cms)
+            loss = token_loss(logits, targets)
+            open = None
+            if segment is not None:
+                open = state.segment or Segment(tokens[:, :0], targets[:, :0], state.memories)
+                open = Segment(torch.cat([open.tokens, tokens], 1), torch.cat([open.targets, targets], 1), open.memories)
+            return loss, replace(state, memories=memories, observed=observed, segment=open)
+        open = state.segment or Segment(tokens[:, :0], targets[:, :0], state.memories)
+        loss, memories, cms = self._segment(open, tokens, targets, state.cms, observed)
+        return loss, replace(state, memories=memories, cms=cms, observed=observed, segment=None)
+
+    def _segment(
+        self, open: Segment, tokens: Tensor, targets: Tensor, cms: list, t: int
+    ) -> tuple[Tensor, list, list[list[FastMLP | None]]]:
+        """Run an open segment's tokens and those that follow, and write the CMS at time t.
+
+        The gradient reaches back to the segment's start and no further: it is taken to deltas made fresh for it.
+        """
+        graph = torch.is_grad_enabled()
+        full = graph and self.config.inner_grad == "full"
+        with torch.enable_grad():
+            leaf = lambda d: d.view_as(d) if d.requires_grad else d.detach().requires_grad_()
+            fresh = [[f and replace(f, delta=[leaf(d) for d in f.delta]) for f in layer] for layer in cms]
+            logits, memories = self._run(torch.cat([open.tokens, tokens], 1), open.memories, fresh)
+            loss = token_loss(logits, torch.cat([open.targets, targets], 1))
+            deltas = [d for layer in fresh for f in layer if f for d in f.delta]
+            grads = iter(torch.autograd.grad(loss.sum(), deltas, retain_graph=graph, create_graph=full))
+        loss = loss[:, open.tokens.shape[1] :]
+        new = []
+        for block, layer in zip(self.blocks, fresh):
+            new.append(block.cms.write(layer, [f and [next(grads) for _ in f.delta] for f in layer], t))
+        if not graph:
+            loss, memories, new = (map_state(Tensor.detach, z) for z in (loss, memories, new))
+        return loss, memories, new
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        state: HopeState | None = None,
+    ) -> Tensor:
+        """Continue `tokens` (b, t) by `max_new_tokens` sampled ones; returns the new tokens (b, max_new_tokens).
+
+        The prompt is observed, so the CMS learns from it; what the model says itself is only read. Temperature 0 picks
+        the likeliest token; `top_k` keeps that many, `top_p` the smallest set with that much probability.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(
+                f"temperature {temperature}, top_k {top_k}, top_p {top_p}; "
+                "allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1"
+            )
+        if tokens.shape[1] == 0 and (state is None or state.pending is None):
+            raise ValueError("the prompt is empty; give at least one token")
+        _, state = self.observe(tokens, state=state)
+        new = [state.pending]
+        state = replace(state, pending=None, segment=None)  # nothing more is observed
+        for _ in range(max_new_tokens):
+            logits, state = self(new[-1], state)
+            new.append(sample(logits[:, -1], temperature, top_k, top_p))
+        return torch.cat(new[1:], 1)
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every token in nats, 0 where the target is -100. (b, t, vocab), (b, t) -> (b, t)"""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """logits (b, vocab) -> tokens (b, 1)"""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    p, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+    if top_k is not None:
+        p[:, top_k:] = 0
+    if top_p is not None:
+        p[p.cumsum(-1) - p >= top_p] = 0
+    return order.gather(-1, torch.multinomial(p, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Levels and parameter groups
+
+
+def param_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Split parameters for the outer optimizer: "matrix" for Muon and its like, "rest" for AdamW.
+
+    A matrix maps one representation to another. Embeddings, the output head, norms, gates, convolutions and the start
+    states of memories (stacks of small matrices, one for every head) belong to the rest.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "rest": []}
+    for name, p in model.named_parameters():
+        inner = p.ndim == 2 and name.endswith("weight") and not any(s in name for s in ("embed", "head", "gates"))
+        groups["matrix" if inner else "rest"].append(p)
+    return groups
+
+
+@dataclass(frozen=True)
+class Level:
+    """One component of a model or optimizer, seen as an associative memory with a frequency of its own."""
+
+    level: int  # 1 is the fastest
+    component: str
+    period: float | None  # tokens between two updates, 0 for "solved anew at every token", None for the outer step
+    context: str
+    objective: str
+    rule: str
+    size: int  # numbers that move: per sequence for states, in all for parameters
+
+    @property
+    def every(self) -> str:
+        if self.period is None:
+            return "outer step"
+        return f"{self.period:g} tokens" if self.period > 1 else "token"
+
+
+class Levels(list[Level]):
+    """Levels from fastest to slowest; prints as a table."""
+
+    def __str__(self) -> str:
+        head = ("level", "component", "moves every", "context", "objective", "rule", "numbers")
+        rows = [
+            (str(r.level), r.component, r.every, r.context, r.objective, r.rule, f"{r.size:,}") for r in self
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        line = lambda row: "  ".join(c.ljust(w) for c, w in zip(row[:-1], widths)) + "  " + row[-1].rjust(widths[-1])
+        return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+# What a torch optimizer keeps for every parameter, as memories of the gradient: name of the buffer -> objective, rule.
+BUFFERS = {
+    "AdamW": {"first moment": ("-<m, g>", "EMA (eq. 33)"), "second moment": ("-<v, g^2>", "EMA")},
+    "Muon": {"momentum": ("-<m, g>", "EMA (eq. 42)")},
+    "SGD": {},
+}
+
+
+def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = ()) -> Levels:
+    """Every component of `model` and of the optimizers that train it, ordered by update frequency (Definition 2).
+
+    A component is faster than another if it moves more often, or as often and the other's next state needs its own.
+    Raises ValueError for an optimizer whose memories are not known here.
+    """
+    c, m = model.config, model.config.memory
+    found: list[tuple[float, int, str, str, str, str, int]] = []  # period, rank at equal period, then the columns
+
+    def add(period: float, rank: int, component: str, context: str, objective: str, rule: str, size: int) -> None:
+        found.append((period, rank, component, context, objective, rule, size))
+
+    outer = INF
+    if m.depth == 0:
+        seen = f"the last {m.window} tokens" if m.window else "all tokens so far"
+        add(0, 0, "softmax attention", seen, "kernel regression (eq. 62)", "solved exactly", 0)
+    else:
+        loss = "1/2 |M k - v|^2" if m.objective == "l2" else "-<M k, v>"
+        rule = "delta GD (eq. 88)" if m.rule == "dgd" else "GD (eq. 17)"
+        memory = model.blocks[0].memory
+        for group, name, period in (
+            ("main", "memory M", m.chunk if m.read == "chunk" else 1),
+            ("proj", "memories " + ", ".join(memory.adaptive), m.chunk_proj),
+        ):
+            if group == "proj" and not memory.adaptive:
+                continue
+            size = c.n_layer * sum(w.numel() for w in memory.start_weights(group))
+            values = "keys, own values" if m.self_values else "keys, values"
+            if m.momentum:
+                add(period, 0, f"{name}: momentum", "inner gradients", "-<m, g>", "EMA", size)
+            add(period, 1, name, values, loss, rule, size)
+    for chunk, level, fast in zip(c.cms, model.blocks[0].cms.levels, model.blocks[0].cms.fast):
+        if fast:
+            size = c.n_layer * sum(w.numel() for w in (level.w_in.weight, level.w_out.weight))
+            add(chunk, 1, f"CMS, C = {chunk:g}", "the stream", "next-token loss", "GD (eq. 71)", size)
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    for o in optimizers:
+        kind, size = type(o).__name__, sum(p.numel() for g in o.param_groups for p in g["params"])
+        if kind not in BUFFERS:
+            raise ValueError(f"levels knows nothing of the optimizer {kind}; allowed: {', '.join(BUFFERS)}")
+        for buffer, (objective, rule) in BUFFERS[kind].items():
+            add(outer, 0, f"{kind}: {buffer}", "outer gradients", objective, rule, size)
+    rule = " and ".join(type(o).__name__ for o in optimizers) or "no optimizer given"
+    size = sum(p.numel() for p in model.parameters())
+    add(outer, 1, "parameters, start states", "training text", "next-token loss", rule, size)
+    order = sorted({row[:2] for row in found})
+    table = [
+        Level(order.index(row[:2]) + 1, row[2], None if row[0] == outer else row[0], *row[3:])
+        for row in sorted(found, key=lambda row: row[:2])
+    ]
+    return Levels(table)
