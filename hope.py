@@ -75,8 +75,8 @@ class MemoryConfig:
         ("k", "v", "eta", "alpha"), "which of k, v, q, eta, alpha are read from memories that are written too"
     )
     self_values: bool = setting(True, "every memory generates the value it is written with (eq. 84)")
-    chunk: int = setting(32, "tokens between two refreshes of the main memory's gradients")
-    chunk_proj: int = setting(32, "the same for the memories that produce k, v, q, eta, alpha")
+    chunk: int = setting(64, "tokens between two refreshes of the main memory's gradients")
+    chunk_proj: int = setting(64, "the same for the memories that produce k, v, q, eta, alpha")
     read: Literal["token", "after", "chunk"] = setting(
         "token", "token: y_t from the state before token t (eq. 86); after: from the one after it; chunk: the chunk's start"
     )
@@ -129,7 +129,7 @@ class HopeConfig:
     """A language model: `n_layer` blocks of a memory and a continuum memory system (eqs. 94-97)."""
 
     vocab_size: int = setting(256, "number of tokens")
-    n_layer: int = setting(3, "blocks")
+    n_layer: int = setting(2, "blocks")
     memory: MemoryConfig = MemoryConfig()
     cms: tuple[float, ...] = setting(
         (64, 256, INF), "chunk size of each MLP of the continuum memory system; inf moves with the outer optimizer only"
@@ -142,11 +142,11 @@ class HopeConfig:
     )
 
     # Width, heads and depth by size; what is left of the parameter budget goes to the MLPs.
-    SIZES = {"tiny": dict(d_model=128, n_head=4, n_layer=3)}
+    SIZES = {"tiny": dict(d_model=128, n_head=4, n_layer=2)}
     ARCHS = {
         "hope": dict(memory="hope"),
         "hope-attention": dict(memory="attention"),
-        "transformer++": dict(memory="attention", cms=(INF,), mlp="swiglu", cms_hidden=4.0),
+        "transformer++": dict(memory="attention", cms=(INF,), mlp="swiglu", cms_hidden=4.5),
     }
 
     @classmethod
@@ -263,8 +263,8 @@ class Segment:
 
 def causal_conv(conv: nn.Conv1d | None, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x: (b, t, d) and the inputs before it -> the convolution's output (b, t, d) and the new tail."""
-    if conv is None:
-        return x, None
+    if conv is None or x.shape[1] == 0:
+        return x, tail
     x = torch.cat([tail.to(x.dtype), x], 1)
     return conv(x.mT).mT, x[:, x.shape[1] - tail.shape[1] :]
 
@@ -782,7 +782,8 @@ class Hope(nn.Module):
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of every token in nats, 0 where the target is -100. (b, t, vocab), (b, t) -> (b, t)"""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

@@ -33,7 +33,7 @@ def chunk_gates(alpha: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor, Te
     retain = _segment_products(alpha)
     gamma, decay = retain[..., :, 0], retain[..., :, 1:]
     if theta is None:
-        return gamma, decay, decay, None, None
+        return gamma, decay, None, None, None
     momentum = _segment_products(theta)
     through = decay @ momentum[..., 1:, :]
     return gamma, decay, through[..., 1:], through[..., 0], momentum[..., -1, :]
@@ -92,44 +92,150 @@ def dgd_chunk(
             M, X, D, eta, alpha = (z.float() for z in (M, X, D, eta, alpha))
             m, theta, Q = (None if z is None else z.float() for z in (m, theta, Q))
         gates = chunk_gates(alpha, theta) if gates is None else gates
-        gamma, decay, gain, gain_m, keep = gates
-        lead = torch.broadcast_shapes(M.shape[:-2], X.shape[:-2], D.shape[:-2], eta.shape[:-1], alpha.shape[:-1])
-        flat = lambda z: z.expand(*lead, *z.shape[-2:]).reshape(-1, *z.shape[-2:])
+        return _Chunk.apply(M, X, D, eta, m, Q, *gates, inclusive, delta)
+
+
+def _chunk(M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, inclusive, delta):
+    """`dgd_chunk` in terms of `chunk_gates`. Returns M, m, R and, for the backward pass, P and the system's inverse."""
+    c = X.shape[-2]
+    gain = decay if gain is None else gain
+    Xe = eta.unsqueeze(-1) * X
+
+    def read(rows: slice, q: Tensor, scores: Tensor) -> Tensor:
+        """What the start state and the gradients make of q after `rows` steps; scores: q_t . eta_s x_s."""
+        y = (gamma[..., rows, None] * q) @ M.mT - (gain[..., rows, :] * scores) @ D
+        return y if m is None else y + (gain_m[..., rows, None] * q) @ m.mT
+
+    P = inverse = R = m_end = None
+    if delta:  # p_t = M_{t-1} x_t solves a unit lower triangular system
+        before = slice(0, c)
+        scores = X @ Xe.mT
+        A = decay[..., before, :] * scores
+        eye = torch.eye(c, dtype=A.dtype, device=A.device).expand_as(A)
+        inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+        P = inverse @ read(before, X, scores)
+    if Q is not None:
+        rows, scores = slice(int(inclusive), c + int(inclusive)), Q @ Xe.mT
+        R = read(rows, Q, scores)
+        R = R if P is None else R - (decay[..., rows, :] * scores) @ P
+    writes = gain[..., c, :, None] * D
+    writes = writes if P is None else writes + decay[..., c, :, None] * P
+    end = gamma[..., c, None, None] * M - writes.mT @ Xe
+    if keep is not None:
+        m_end = -(keep[..., 1:, None] * D).mT @ Xe
+        if m is not None:
+            m_end = m_end + keep[..., :1, None] * m
+            end = end + gain_m[..., c, None, None] * m
+    return end, m_end, R, P, inverse
+
+
+class _Chunk(torch.autograd.Function):
+    """`_chunk` with a backward pass by hand: a third of autograd's operations, and only P and the inverse are stored."""
+
+    @staticmethod
+    def forward(ctx, M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, inclusive, delta):
+        *out, P, inverse = _chunk(M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, inclusive, delta)
+        ctx.save_for_backward(M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, P, inverse)
+        ctx.flags = inclusive, delta
+        ctx.set_materialize_grads(False)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, dM_end, dm_end, dR):
+        *inputs, P, inverse = ctx.saved_tensors
+        inclusive, delta = ctx.flags
+        if torch.is_grad_enabled():  # a second derivative is wanted: leave it to autograd
+            outs = _chunk(*inputs, inclusive, delta)[:3]
+            pairs = [(o, g) for o, g in zip(outs, (dM_end, dm_end, dR)) if o is not None and g is not None]
+            wanted = [z for z in inputs if z is not None and z.requires_grad]
+            outs, grads = zip(*pairs)
+            got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
+            return *(next(got) if z is not None and z.requires_grad else None for z in inputs), None, None
+        M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep = inputs
+        momentum = gain is not None
+        gain = gain if momentum else decay
+        c = X.shape[-2]
+        before, rows = slice(0, c), slice(int(inclusive), c + int(inclusive))
         Xe = eta.unsqueeze(-1) * X
-        M3, D3 = flat(M), flat(D)
-        m3 = None if m is None else flat(m)
+        dM_end = torch.zeros_like(M) if dM_end is None else dM_end
+        d_gamma, d_decay, d_gain = (torch.zeros_like(z) for z in (gamma, decay, gain))
+        d_gain_m = None if m is None else torch.zeros_like(gain_m)
+        d_keep = torch.zeros_like(keep) if momentum else None
+        rowsum = lambda a, b: (a * b).sum(-1)
+        total = lambda a, b: (a * b).sum((-1, -2))
 
-        def read(rows: slice, q: Tensor, P: Tensor | None) -> tuple[Tensor, Tensor]:
-            """The memory after `rows` steps applied to q (..., c, i); P: (n, c, o) once known. (n, c, o), q_t . eta_s x_s"""
-            scores = q @ Xe.mT
-            y = flat(gamma[..., rows, None] * q) @ M3.mT
-            if m3 is not None:
-                y = torch.baddbmm(y, flat(gain_m[..., rows, None] * q), m3.mT)
-            y = torch.baddbmm(y, flat(gain[..., rows, :] * scores), D3, alpha=-1)
-            through = flat(decay[..., rows, :] * scores)
-            return (y if P is None else torch.baddbmm(y, through, P, alpha=-1)), through
+        def add(to: Tensor, where: tuple | slice, g: Tensor) -> None:
+            part = to[..., where] if isinstance(where, slice) else to[where]
+            part += g.sum_to_size(part.shape)
 
-        P = None
-        if delta:  # p_t = M_{t-1} x_t solves a unit lower triangular system
-            rhs, A = read(slice(0, c), X, None)
-            eye = torch.eye(c, dtype=A.dtype, device=A.device).expand_as(A)
-            P = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True) @ rhs
-
-        R = None
-        if Q is not None:
-            R = read(slice(1, c + 1) if inclusive else slice(0, c), Q, P)[0].reshape(*lead, c, -1)
-
-        end = torch.baddbmm(flat(gamma[..., c, None, None] * M), D3.mT, flat(gain[..., c, :, None] * Xe), alpha=-1)
-        if P is not None:
-            end = torch.baddbmm(end, P.mT, flat(decay[..., c, :, None] * Xe), alpha=-1)
-        m_end = None
-        if theta is not None:
-            m_end = -D3.mT @ flat(keep[..., 1:, None] * Xe)
+        # M_end = gamma_c M + gain_m_c m - writes^T Xe
+        U = Xe @ dM_end.mT
+        dD = -gain[..., c, :, None] * U
+        dM = gamma[..., c, None, None] * dM_end
+        add(d_gamma, (..., c), total(M, dM_end))
+        add(d_gain, (..., c, before), -rowsum(D, U))
+        writes = gain[..., c, :, None] * D
+        dP = None
+        if delta:
+            writes = writes + decay[..., c, :, None] * P
+            dP = -decay[..., c, :, None] * U
+            add(d_decay, (..., c, before), -rowsum(P, U))
+        dXe = -writes @ dM_end
+        dm = None
+        if m is not None:
+            dm = gain_m[..., c, None, None] * dM_end
+            add(d_gain_m, (..., c), total(m, dM_end))
+        if momentum and dm_end is not None:  # m_end = keep_0 m - (keep D)^T Xe
+            Um = Xe @ dm_end.mT
+            kept = keep[..., 1:, None]
+            dD = dD - kept * Um
+            dXe = dXe - (kept * D) @ dm_end
+            add(d_keep, slice(1, None), -rowsum(D, Um))
             if m is not None:
-                m_end = m_end + flat(keep[..., :1, None] * m)
-                end = end + flat(gain_m[..., c, None, None] * m)
-            m_end = m_end.reshape(*lead, *M.shape[-2:])
-        return end.reshape(*lead, *M.shape[-2:]), m_end, R
+                dm = dm + keep[..., :1, None] * dm_end
+                add(d_keep, (..., 0), total(m, dm_end))
+
+        def read_backward(rows: slice, q: Tensor, dy: Tensor) -> Tensor:
+            """Backward of a read at q: adds to every other gradient, returns that of q."""
+            nonlocal dD, dM, dm, dXe, dP
+            scores = q @ Xe.mT
+            dy_M = dy @ M
+            dq = gamma[..., rows, None] * dy_M
+            add(d_gamma, rows, rowsum(q, dy_M))
+            dM = dM + dy.mT @ (gamma[..., rows, None] * q)
+            if m is not None:
+                dy_m = dy @ m
+                dq = dq + gain_m[..., rows, None] * dy_m
+                add(d_gain_m, rows, rowsum(q, dy_m))
+                dm = dm + dy.mT @ (gain_m[..., rows, None] * q)
+            dB = -dy @ D.mT
+            dD = dD - (gain[..., rows, :] * scores).mT @ dy
+            add(d_gain, (..., rows, slice(None)), scores * dB)
+            d_scores = gain[..., rows, :] * dB
+            if delta:
+                dA = -dy @ P.mT
+                add(d_decay, (..., rows, slice(None)), scores * dA)
+                d_scores = d_scores + decay[..., rows, :] * dA
+                if rows_of_reads:
+                    dP = dP - (decay[..., rows, :] * scores).mT @ dy
+            dXe = dXe + d_scores.mT @ q
+            return dq + d_scores @ Xe
+
+        dQ = dX = None
+        rows_of_reads = True
+        if dR is not None:
+            dQ = read_backward(rows, Q, dR)
+        if delta:  # P = inverse (what the rest makes of X): its gradient is a read's with dy = inverse^T dP
+            rows_of_reads = False
+            dX = read_backward(before, X, inverse.mT @ dP)
+        dX = eta.unsqueeze(-1) * dXe if dX is None else dX + eta.unsqueeze(-1) * dXe
+        if not momentum:
+            d_decay, d_gain = d_decay + d_gain, None
+        fit = lambda g, z: None if g is None or z is None else g.sum_to_size(z.shape)
+        return (
+            fit(dM, M), fit(dX, X), fit(dD, D), fit(rowsum(dXe, X), eta), fit(dm, m), fit(dQ, Q),
+            d_gamma, d_decay, d_gain, d_gain_m, d_keep, None, None,
+        )  # fmt: skip
 
 
 def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False, delta=True):

@@ -61,7 +61,7 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "decoupled weight decay of the matrices")
     grad_clip: float = setting(1.0, "gradient norm above which gradients are scaled down")
     seed: int = setting(0, "seeds the start weights and the order of the data")
-    eval_every: int = setting(50, "steps between two validations")
+    eval_every: int = setting(100, "steps between two validations")
     save_every: int = setting(50, "steps between two checkpoints")
     keep: int = setting(2, "checkpoints that are kept")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")

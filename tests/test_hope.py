@@ -1,0 +1,331 @@
+"""The model's four properties (gradients through every write, no leak, any split, nothing shared), its writes, its levels."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_model, small_config, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hope
+
+INF = hope.INF
+
+
+@st.composite
+def configs(draw):
+    """Small models of every kind: sizes, chunk sizes, CMS chunk sizes, reads, momentum."""
+    segment = draw(st.integers(1, 5))
+    cms = draw(st.sampled_from([(INF,), (segment, INF), (segment, 2 * segment, INF), (3 * segment, segment)]))
+    heads = draw(st.integers(1, 2))
+    return small_config(
+        draw(st.sampled_from(["hope", "hope", "hope-attention"])),
+        d_model=heads * draw(st.sampled_from([2, 4])), n_head=heads, n_layer=draw(st.integers(1, 2)), cms=cms,
+        chunk=draw(st.integers(1, 5)), chunk_proj=draw(st.integers(1, 5)), conv=draw(st.sampled_from([0, 3])),
+        momentum=draw(st.booleans()), read=draw(st.sampled_from(["token", "chunk"])), mlp=draw(st.sampled_from(["silu", "swiglu"])),
+    )  # fmt: skip
+
+
+def cut(x, cuts):
+    edges = [0, *sorted(cuts), x.shape[1]]
+    return [x[:, a:b] for a, b in zip(edges, edges[1:])]
+
+
+def flat(state):
+    found = []
+    hope.map_state(lambda z: found.append(z) or z, state)
+    return found
+
+
+def assert_states_equal(a, b, **tolerance):
+    for x, y in zip(flat(a), flat(b), strict=True):
+        torch.testing.assert_close(x, y, **{**dict(rtol=1e-7, atol=1e-9), **tolerance})
+
+
+cases = settings(max_examples=20, deadline=None)
+lengths = st.integers(1, 13)
+
+
+@cases
+@given(config=configs(), t=lengths, cuts=st.lists(st.integers(0, 13), max_size=3))
+def test_any_split_of_a_stream_gives_the_same_result(config, t, cuts):
+    model, x, y = random_model(config), tokens(2, t), tokens(2, t, seed=1)
+    cuts = [min(c, t) for c in cuts]
+    with torch.no_grad():
+        whole, end = model(x)
+        state, parts = None, []
+        for part in cut(x, cuts):
+            logits, state = model(part, state)
+            parts.append(logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-7, atol=1e-9)
+        assert_states_equal(state, end)
+
+    for targets in (y, None):
+        whole, end = model.observe(x, targets, reduction="none")
+        state, parts = None, []
+        for part, target in zip(cut(x, cuts), cut(y, cuts)):
+            loss, state = model.observe(part, None if targets is None else target, state, reduction="none")
+            parts.append(loss)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-7, atol=1e-9)
+        assert_states_equal(state, end)
+
+
+@cases
+@given(config=configs(), t=st.integers(2, 13), data=st.data())
+def test_future_tokens_do_not_leak(config, t, data):
+    model, x, y = random_model(config), tokens(1, t), tokens(1, t, seed=1)
+    at = data.draw(st.integers(1, t - 1))
+    changed = x.clone()
+    changed[:, at] = (x[:, at] + 1) % 11
+    with torch.no_grad():
+        before, after = model(x)[0], model(changed)[0]
+    torch.testing.assert_close(after[:, :at], before[:, :at], rtol=0, atol=1e-12)
+    assert (after[:, at] - before[:, at]).abs().max() > 1e-9
+    # A target is what the CMS learns from: it must not move the losses before it either.
+    other = y.clone()
+    other[:, at] = (y[:, at] + 1) % 11
+    before, after = (model.observe(a, b, reduction="none")[0] for a, b in ((x, y), (changed, other)))
+    torch.testing.assert_close(after[:, :at], before[:, :at], rtol=0, atol=1e-12)
+
+
+@cases
+@given(config=configs(), t=lengths)
+def test_sequences_of_a_batch_share_nothing(config, t):
+    model, x, y = random_model(config), tokens(3, t), tokens(3, t, seed=1)
+    with torch.no_grad():
+        together = model(x)[0]
+        scored = model.observe(x, y, reduction="none")[0]
+        for b in range(3):
+            torch.testing.assert_close(together[b : b + 1], model(x[b : b + 1])[0], rtol=1e-8, atol=1e-10)
+            alone = model.observe(x[b : b + 1], y[b : b + 1], reduction="none")[0]
+            torch.testing.assert_close(scored[b : b + 1], alone, rtol=1e-8, atol=1e-10)
+
+
+@cases
+@given(config=configs(), cuts=st.lists(st.integers(1, 14), max_size=2))
+def test_gradients_reach_every_start_state_and_pass_through_every_write(config, cuts):
+    # Read "chunk" sees finished chunks only, so there the open chunk's writes reach nothing yet.
+    model, x = random_model(replace(config, memory=replace(config.memory, read="token"))), tokens(1, 15)
+    seen = {}
+
+    def keep(module, args, out):
+        out.retain_grad()
+        seen.setdefault("x", []).append(out)
+
+    model.embed.register_forward_hook(keep)
+    state, logits = None, None
+    for part in cut(x, set(cuts)):
+        logits, state = model(part, state)
+    logits[:, -1].square().sum().backward()
+    # The last output depends on every token: on those beyond the convolution only through what was written.
+    for x in seen["x"]:
+        assert (x.grad.abs().sum(-1) > 0).all()
+    for name, p in model.named_parameters():
+        if "memory" in name:
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def directional(fn, parameters, seed=0, eps=1e-6):
+    """(derivative by central differences, derivative by backpropagation) of fn along a random direction."""
+    g = torch.Generator().manual_seed(seed)
+    along = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in parameters]
+    exact = sum((d * a).sum() for d, a in zip(torch.autograd.grad(fn(), parameters, allow_unused=True), along) if d is not None)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, a in zip(parameters, along):
+                p += sign * eps * a
+        values.append(fn().detach())
+        with torch.no_grad():
+            for p, a in zip(parameters, along):
+                p -= sign * eps * a
+    return ((values[0] - values[1]) / (2 * eps)).item(), exact.item()
+
+
+def test_outer_gradient_through_three_chunks_equals_finite_differences():
+    model, x, y = random_model(small_config(chunk=4, chunk_proj=4)), tokens(2, 12), tokens(2, 12, seed=1)
+    loss = lambda: hope.token_loss(model(x)[0], y).mean()
+    starts = {n: p for n, p in model.named_parameters() if ".start." in n}
+    assert len(starts) == 12
+    for name, p in starts.items():
+        measured, exact = directional(loss, [p])
+        assert measured == pytest.approx(exact, rel=1e-5, abs=1e-9), name
+    measured, exact = directional(loss, list(model.parameters()))
+    assert measured == pytest.approx(exact, rel=1e-6)
+
+
+def test_full_inner_gradients_equal_finite_differences_and_first_order_ones_do_not():
+    x, y = tokens(2, 12), tokens(2, 12, seed=1)
+    errors = {}
+    for kind in ("full", "first-order"):
+        model = random_model(small_config(cms=(3, 6, INF), inner_grad=kind))
+        measured, exact = directional(lambda: model.observe(x, y)[0], list(model.parameters()))
+        errors[kind] = abs(measured - exact) / abs(measured)
+    assert errors["full"] < 1e-6 < errors["first-order"]
+
+
+def test_cms_writes_are_equation_71_replayed_by_hand():
+    """Two levels: each moves only at multiples of its C, by the sum of its chunk's gradients over C."""
+    config = small_config(n_layer=1, cms=(3, 6, INF), cms_rate=0.7)
+    model, x, y = random_model(config), tokens(1, 15), tokens(1, 15, seed=1)
+    losses, end = model.observe(x, y, reduction="none")
+    levels = model.blocks[0].cms.levels
+    rates = [r.detach() for r in model.blocks[0].cms.rates()]
+    start = [[w.detach().clone() for w in (l.w_in.weight, l.w_out.weight)] for l in levels]
+    sums = [[torch.zeros_like(w) for w in pair] for pair in start]
+    memories = model.init_state(1).memories
+    for s in range(0, 15, 3):
+        logits, memories = model._run(x[:, s : s + 3], memories, [[None] * 3])
+        loss = hope.token_loss(logits, y[:, s : s + 3])
+        torch.testing.assert_close(loss, losses[:, s : s + 3])
+        weights = [w for l in levels[:2] for w in (l.w_in.weight, l.w_out.weight)]
+        grads = torch.autograd.grad(loss.sum(), weights)
+        memories = hope.map_state(torch.Tensor.detach, memories)
+        for i, chunk in enumerate((3, 6)):
+            sums[i] = [a + g for a, g in zip(sums[i], grads[2 * i : 2 * i + 2])]
+            if (s + 3) % chunk == 0:
+                with torch.no_grad():
+                    for w, a in zip((levels[i].w_in.weight, levels[i].w_out.weight), sums[i]):
+                        w -= rates[i] / chunk * a
+                sums[i] = [torch.zeros_like(a) for a in sums[i]]
+    for level, before, fast in zip(levels, start, end.cms[0]):
+        moved = [w - w0 for w, w0 in zip((level.w_in.weight, level.w_out.weight), before)]
+        for change, delta in zip(moved, [d[0] for d in fast.delta] if fast else [torch.zeros_like(w) for w in moved]):
+            torch.testing.assert_close(change, delta)
+    assert end.cms[0][1].total[0].abs().sum() > 0  # the slower level's open chunk is kept
+    assert end.cms[0][0].total[0].abs().sum() == 0
+
+
+def test_inner_step_sizes_learn():
+    model, x, y = random_model(small_config()), tokens(2, 12), tokens(2, 12, seed=1)
+    model.observe(x, y, backward=True)
+    for raw in model.blocks[0].cms.raw_rate[:1]:
+        assert raw.grad.abs() > 0
+
+
+def test_forward_after_observe_keeps_the_open_segment():
+    """Reading between two observations banks the gradient of what was observed; nothing is dropped."""
+    model, x, y = random_model(small_config(cms=(4, INF))), tokens(1, 4), tokens(1, 4, seed=1)
+    _, state = model.observe(x[:, :2], y[:, :2])
+    _, state = model(tokens(1, 3, seed=2), state)
+    assert state.cms[0][0].total[0].abs().sum() > 0 and state.segment is None
+    _, state = model.observe(x[:, 2:], y[:, 2:], state)
+    assert state.cms[0][0].delta[0].abs().sum() > 0 and state.observed == 4
+
+
+def test_ignored_targets_teach_nothing():
+    model, x = random_model(small_config()), tokens(2, 6)
+    loss, state = model.observe(x, torch.full_like(x, -100))
+    assert loss == 0 and all(f.delta[0].abs().sum() == 0 for layer in state.cms for f in layer if f)
+
+
+def test_observe_with_gradients_equals_observe_without():
+    model, x, y = random_model(small_config()), tokens(2, 20), tokens(2, 20, seed=1)
+    loss, state = model.observe(x, y)
+    with torch.no_grad():
+        same, frozen = model.observe(x, y)
+    torch.testing.assert_close(loss.detach(), same)
+    assert_states_equal(state.detach(), frozen)
+    loss.backward()
+    by_hand = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.observe(x, y, backward=True)
+    for p, g in zip(model.parameters(), by_hand):
+        torch.testing.assert_close(p.grad, g)
+
+
+def test_training_at_a_high_rate_stays_finite_and_bounded():
+    torch.manual_seed(0)
+    config = small_config(vocab_size=32, d_model=32, n_head=2, cms=(32, 64, INF), chunk=16, chunk_proj=16)
+    model = hope.Hope(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    g = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(200):
+        jumps = torch.randint(0, 32, (4, 129), generator=g) * (torch.rand(4, 129, generator=g) < 0.1)
+        x = (1 + jumps).cumsum(1) % 32  # counts, and jumps now and then
+        loss, state = model.observe(x[:, :-1], x[:, 1:], backward=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(map(math.isfinite, losses)) and sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    assert max(z.abs().max() for z in flat(state.memories)) < 20
+
+
+@pytest.mark.parametrize("arch", ["hope", "hope-attention", "transformer++"])
+def test_generate_continues_what_the_model_predicts(arch):
+    model, prompt = random_model(small_config(arch)), tokens(2, 9)
+    new = model.generate(prompt, 5, temperature=0)
+    assert new.shape == (2, 5)
+    _, state = model.observe(prompt)
+    stream = torch.cat([state.pending, new], 1)
+    logits, _ = model(stream[:, :-1], replace(state, pending=None))
+    assert torch.equal(logits.argmax(-1), new)
+    torch.manual_seed(3)
+    a = model.generate(prompt, 5, temperature=1.0, top_k=3, top_p=0.9)
+    torch.manual_seed(3)
+    assert torch.equal(a, model.generate(prompt, 5, temperature=1.0, top_k=3, top_p=0.9))
+    assert torch.equal(model.generate(prompt, 5, top_k=1), new)
+
+
+def test_sampling_keeps_to_top_k_and_top_p():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, 4)
+    count = lambda **k: torch.bincount(hope.sample(logits, **{**dict(temperature=1.0, top_k=None, top_p=None), **k})[:, 0], minlength=4)
+    assert (count() > 0).all()
+    assert count(top_k=2)[2:].sum() == 0 and count(top_k=2)[1] > 0
+    assert count(top_p=0.75)[2:].sum() == 0 and count(top_p=0.75)[1] > 0
+    assert count(top_p=0.4)[0] == 4000
+
+
+def test_misuse_is_refused_with_the_fix():
+    model = random_model(small_config())
+    with pytest.raises(ValueError, match="integers"):
+        model(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="continue with observe"):
+        model(tokens(1, 3), model.observe(tokens(1, 3))[1])
+    with pytest.raises(ValueError, match="go on without targets"):
+        model.observe(tokens(1, 3), tokens(1, 3), model.observe(tokens(1, 3))[1])
+    with pytest.raises(ValueError, match="allowed: mean, none"):
+        model.observe(tokens(1, 3), reduction="sum")
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        model.generate(tokens(1, 0), 3)
+    with pytest.raises(ValueError, match="top_k >= 1"):
+        model.generate(tokens(1, 2), 3, top_k=0)
+    for fields, message in (
+        (dict(cms=(4, 6)), "multiples of the smallest, 4"),
+        (dict(cms=()), "cms is empty"),
+        (dict(n_layer=0), "n_layer is 0"),
+        (dict(nothing=1), "unknown setting"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small_config(**fields)
+    with pytest.raises(ValueError, match="choose one of: hope, "):
+        hope.HopeConfig.preset("tiny", "rnn")
+    with pytest.raises(ValueError, match="choose one of: tiny"):
+        hope.HopeConfig.preset("huge")
+
+
+def test_levels_are_ordered_by_definition_2():
+    model = hope.Hope(small_config())
+    groups = hope.param_groups(model)
+    table = hope.levels(model, [torch.optim.Muon(groups["matrix"]), torch.optim.AdamW(groups["rest"])])
+    at = {row.component: row for row in table}
+    assert [row.level for row in table] == sorted(row.level for row in table)
+    assert at["memory M: momentum"].level < at["memory M"].level < at["memories k, v, eta, alpha"].level
+    assert at["CMS, C = 6"].level < at["CMS, C = 12"].level < at["AdamW: first moment"].level
+    assert at["AdamW: first moment"].level == at["AdamW: second moment"].level < at["parameters, start states"].level
+    assert at["parameters, start states"].size == sum(p.numel() for p in model.parameters())
+    assert at["memory M"].size == 2 * 2 * 2 * 4 * 4  # layers, heads, two matrices of 4 x 4
+    assert len(str(table).splitlines()) == len(table) + 2
+    transformer = hope.Hope(small_config("transformer++", cms=(INF,)))
+    assert [r.component for r in hope.levels(transformer)] == ["softmax attention", "parameters, start states"]
+    with pytest.raises(ValueError, match="knows nothing of the optimizer Adagrad"):
+        hope.levels(model, torch.optim.Adagrad(model.parameters()))
+
+
+def test_the_baseline_has_the_same_size():
+    sizes = {arch: sum(p.numel() for p in hope.Hope(hope.HopeConfig.preset("tiny", arch)).parameters()) for arch in ("hope", "transformer++")}
+    assert 0.95 < sizes["hope"] / sizes["transformer++"] < 1.05

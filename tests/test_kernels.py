@@ -1,0 +1,112 @@
+"""`dgd_chunk` is its token loop: values and gradients, at every legal gate, on repeated keys and ragged tails."""
+
+import itertools
+
+import pytest
+import torch
+
+from kernels import dgd_chunk, dgd_loop
+
+
+def inputs(c, o=5, i=4, momentum=True, lead=(3,), dtype=torch.float64, gate=None, repeated=False):
+    """Random arguments of dgd_chunk; `gate` fixes alpha and theta to a number or "mixed" (0, 1 and random)."""
+    rand = lambda *shape: torch.randn(*lead, *shape, dtype=dtype)
+
+    def gates():
+        g = torch.rand(*lead, c, dtype=dtype)
+        if gate == "mixed":
+            choice = torch.randint(3, g.shape)
+            return torch.where(choice == 0, 0.0, torch.where(choice == 1, 1.0, g))
+        return g if gate is None else torch.full_like(g, gate)
+
+    X = torch.nn.functional.normalize(rand(c, i), dim=-1)
+    if repeated:
+        X = X[..., :1, :].expand_as(X).clone()
+    args = dict(M=rand(o, i), X=X, D=rand(c, o), eta=torch.rand(*lead, c, dtype=dtype), alpha=gates(), Q=rand(c, i))
+    if momentum:
+        args |= dict(m=rand(o, i), theta=gates())
+    return {k: v.requires_grad_() for k, v in args.items()}
+
+
+def outputs_and_gradients(fn, args, **flags):
+    out = [z for z in fn(**args, **flags) if z is not None]
+    g = torch.Generator().manual_seed(1)
+    loss = sum((z * torch.randn(z.shape, generator=g, dtype=z.dtype)).sum() for z in out)
+    return out + list(torch.autograd.grad(loss, list(args.values())))
+
+
+def assert_equal(args, **flags):
+    for a, b in zip(outputs_and_gradients(dgd_chunk, args, **flags), outputs_and_gradients(dgd_loop, args, **flags)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("momentum, delta, inclusive", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("c", [1, 2, 7, 16])
+def test_chunk_equals_token_loop(c, momentum, delta, inclusive):
+    assert_equal(inputs(c, momentum=momentum), delta=delta, inclusive=inclusive)
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0, "mixed"])
+@pytest.mark.parametrize("momentum", [False, True])
+def test_gates_of_exactly_zero_and_one(gate, momentum):
+    assert_equal(inputs(6, momentum=momentum, gate=gate))
+
+
+def test_repeated_keys():
+    assert_equal(inputs(16, repeated=True))
+
+
+def test_repeated_keys_in_float32_keep_their_accuracy():
+    """A solve by repeated squaring loses everything here: powers of the matrix grow like binomials."""
+    exact = inputs(64, i=16, repeated=True, gate=1.0, momentum=False)
+    with torch.no_grad():
+        exact["eta"].fill_(0.9)
+        want, _, reads = dgd_chunk(**exact)
+        got, _, reads32 = dgd_chunk(**{k: v.float() for k, v in exact.items()})
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reads32.double(), reads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_a_ragged_tail_continues_the_chunk(momentum):
+    args = inputs(11, momentum=momentum)
+    whole_M, whole_m, whole_R = dgd_chunk(**args)
+    M, m, reads = args.pop("M"), args.pop("m", None), []
+    for part in (slice(0, 5), slice(5, 6), slice(6, 11)):
+        sliced = {k: v[..., part] if k in ("eta", "alpha", "theta") else v[..., part, :] for k, v in args.items()}
+        M, m, R = dgd_chunk(M, m=m, **sliced)
+        reads.append(R)
+    torch.testing.assert_close(M, whole_M)
+    torch.testing.assert_close(torch.cat(reads, -2), whole_R)
+    if momentum:
+        torch.testing.assert_close(m, whole_m)
+
+
+def test_leading_dimensions_broadcast():
+    args = inputs(5, lead=(2, 1))
+    args["M"], args["D"] = torch.randn(2, 3, 5, 4).double(), torch.randn(2, 3, 5, 5).double()
+    args.pop("m")
+    together = dgd_chunk(**args)[0]
+    for n in range(3):
+        alone = {k: v[:, n] if k in ("M", "D") else v[:, 0] for k, v in args.items()}
+        torch.testing.assert_close(together[:, n], dgd_chunk(**alone)[0])
+
+
+def test_half_precision_is_computed_in_float32():
+    args = {k: v.detach().float() for k, v in inputs(8).items()}
+    half = {k: v.bfloat16() for k, v in args.items()}
+    M, m, R = dgd_chunk(**half)
+    want = dgd_chunk(**{k: v.float() for k, v in half.items()})
+    assert M.dtype == m.dtype == R.dtype == torch.float32
+    for got, ref in zip((M, m, R), want):
+        torch.testing.assert_close(got, ref)
+
+
+def test_what_does_not_fit_is_refused():
+    args = inputs(4, momentum=False)
+    with pytest.raises(ValueError, match="alpha has 3 entries for 4 tokens"):
+        dgd_chunk(**{**args, "alpha": args["alpha"][..., :3]})
+    with pytest.raises(ValueError, match="do not fit"):
+        dgd_chunk(**{**args, "D": args["D"][..., :3]})
+    with pytest.raises(ValueError, match="m was given without theta"):
+        dgd_chunk(**args, m=args["M"])
