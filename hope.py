@@ -889,7 +889,7 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
     for chunk, level, fast in zip(c.cms, model.blocks[0].cms.levels, model.blocks[0].cms.fast):
         if fast:
             size = c.n_layer * sum(w.numel() for w in (level.w_in.weight, level.w_out.weight))
-            add(chunk, 1, f"CMS, C = {chunk:g}", "the stream", "next-token loss", "GD (eq. 71)", size)
+            add(chunk, 2, f"CMS, C = {chunk:g}", "the stream", "next-token loss", "GD (eq. 71)", size)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     for o in optimizers:
         kind, size = type(o).__name__, sum(p.numel() for g in o.param_groups for p in g["params"])
@@ -899,7 +899,7 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
             add(outer, 0, f"{kind}: {buffer}", "outer gradients", objective, rule, size)
     rule = " and ".join(type(o).__name__ for o in optimizers) or "no optimizer given"
     size = sum(p.numel() for p in model.parameters())
-    add(outer, 1, "parameters, start states", "training text", "next-token loss", rule, size)
+    add(outer, 3, "parameters, start states", "training text", "next-token loss", rule, size)
     order = sorted({row[:2] for row in found})
     table = [
         Level(order.index(row[:2]) + 1, row[2], None if row[0] == outer else row[0], *row[3:])

@@ -95,8 +95,8 @@ def pydoc_text() -> tuple[str, str]:
     seen: set[str] = set()
     kept: dict[str, str] = {}
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        paragraphs = [p for p in topics[name].split("\n\n") if len(p) < 80 or p not in seen]
-        new = {p for p in paragraphs if len(p) >= 80}
+        paragraphs = [p for p in topics[name].split("\n\n") if len(p) < 80 or p.strip() not in seen]
+        new = {p.strip() for p in paragraphs if len(p) >= 80}
         seen |= new
         if new:
             kept[name] = "\n\n".join(paragraphs)
@@ -273,9 +273,11 @@ class Run:
             raise UserError(f"checkpoint {path} cannot be loaded ({reason}); delete it to use the one before") from e
 
     def log(self) -> list[dict]:
+        """Rows of log.jsonl, without a last one that a killed process left half written."""
         if not self.log_path.exists():
             return []
-        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        lines = self.log_path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def append(self, row: dict) -> None:
         with open(self.log_path, "a") as f:

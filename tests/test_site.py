@@ -1,0 +1,223 @@
+"""The book as its readers meet it: built, served from this machine and opened in a browser."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BOOK = ROOT / "book"
+CHAPTER = "01-associative-memory"
+CHAPTERS = sorted(p.stem for p in (BOOK / "text").glob("*.md"))
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
+)
+
+
+def build(book: Path, out: Path) -> Path:
+    """The folder of HTML pages; fails on any warning."""
+    jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
+    options = ["-W", "-n", "--keep-going", "--path-output", str(out)]
+    done = subprocess.run([jupyter_book, "build", str(book), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return out / "_build" / "html"
+
+
+def copy_of_book(to: Path, address: str) -> Path:
+    """The book with a public address filled in."""
+    shutil.copytree(BOOK, to, ignore=shutil.ignore_patterns("_build"))
+    config = to / "_config.yml"
+    config.write_text(config.read_text().replace('url: ""', f'url: "{address}"'))
+    return to
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(BOOK, tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="session")
+def address(site: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on the PATH; install it to test the pages (apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """An open page, with what it asked for and complained about."""
+
+    def __init__(self, browser, address: str, name: str, width: int = 1280):
+        self.asked: list[str] = []
+        self.complaints: list[str] = []
+        self.page = browser.new_page(viewport={"width": width, "height": 900})
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(f"{address}/{name}", wait_until="networkidle")
+
+    @property
+    def outside(self) -> list[str]:
+        return [url for url in self.asked if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
+
+
+@pytest.fixture(params=CHAPTERS)
+def chapter(request: pytest.FixtureRequest, browser, address: str) -> Iterator[Visit]:
+    visit = Visit(browser, address, f"{request.param}.html")
+    visit.page.wait_for_selector("mjx-container mjx-math")
+    visit.page.wait_for_function("MathJax.startup.promise.then(() => true)")
+    yield visit
+    visit.page.close()
+
+
+def test_mathematics_is_rendered(chapter: Visit) -> None:
+    page = chapter.page
+    sources, drawn = page.locator(".math").count(), page.locator("mjx-container").count()
+    assert sources > 10 and drawn == sources
+    assert page.evaluate("[...document.querySelectorAll('mjx-container')].every(m => m.getBoundingClientRect().width > 1)")
+    assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+    prose = page.evaluate("""() => {
+        const article = document.querySelector('article').cloneNode(true);
+        article.querySelectorAll('pre, code, mjx-container').forEach(e => e.remove());
+        return article.textContent;
+    }""")
+    assert not [raw for raw in ("$", "\\(", "\\[", "\\tag", ":::", "```", "{exercise}") if raw in prose]
+
+
+def test_every_figure_loads_and_says_what_it_shows(chapter: Visit) -> None:
+    figures = chapter.page.evaluate(
+        "[...document.querySelectorAll('article img')].map(i => [i.naturalWidth, i.alt, i.getAttribute('src')])"
+    )
+    assert figures
+    for width, alt, source in figures:
+        assert width > 0, source
+        assert len(alt) > 40 and not alt.startswith(("_images", "../")), f"{source} has the alternative text {alt!r}"
+
+
+def test_a_page_asks_for_nothing_outside_and_has_no_errors(chapter: Visit) -> None:
+    assert chapter.outside == []
+    assert chapter.complaints == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_phone_needs_no_sideways_scrolling(browser, address: str, name: str) -> None:
+    page = Visit(browser, address, f"{name}.html", width=390).page
+    page.wait_for_selector("mjx-container mjx-math")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # Formulas wider than the screen scroll by themselves, and from their beginning.
+    assert page.evaluate("""[...document.querySelectorAll('div.math')].every(
+        m => m.querySelector('mjx-math').getBoundingClientRect().left >= m.getBoundingClientRect().left - 1)""")
+    page.close()
+
+
+def test_a_solution_is_hidden_until_it_is_clicked(browser, address: str) -> None:
+    page = Visit(browser, address, f"{CHAPTER}.html").page
+    solutions = page.locator("div.solution.dropdown")
+    assert solutions.count() >= 3
+    inside = solutions.first.locator("div.cell").first
+    assert not inside.is_visible()
+    solutions.first.locator("button.toggle-button, .admonition-title").first.click()
+    inside.wait_for(state="visible", timeout=5000)
+    page.close()
+
+
+def test_search_finds_a_word_of_the_text(browser, address: str) -> None:
+    visit = Visit(browser, address, "search.html?q=crosstalk")
+    visit.page.wait_for_selector("ul.search li a")
+    assert any(CHAPTER in link for link in visit.page.eval_on_selector_all("ul.search li a", "all => all.map(a => a.href)"))
+    assert visit.outside == []
+    visit.page.close()
+
+
+def test_launch_buttons_appear_with_the_public_address(site: Path, tmp_path: Path) -> None:
+    launch = "https://colab.research.google.com/github/somebody/something/blob/main/book/" + CHAPTER
+    assert "colab" not in (site / f"{CHAPTER}.html").read_text().split("<article")[0]
+    public = build(copy_of_book(tmp_path / "book", "https://github.com/somebody/something"), tmp_path / "out")
+    assert launch in (public / f"{CHAPTER}.html").read_text()
+
+
+def make(*arguments: str, book: Path = BOOK) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(book / "make.py"), *arguments], capture_output=True, text=True)
+
+
+def test_notebooks_are_what_their_text_says() -> None:
+    done = make("--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_check_names_a_notebook_that_is_out_of_date_and_the_fix(tmp_path: Path) -> None:
+    book = copy_of_book(tmp_path / "book", "")
+    text = book / "text" / f"{CHAPTER}.md"
+    text.write_text(text.read_text().replace("# Associative memory", "# Another title", 1))
+    (book / "99-left-over.ipynb").write_text("{}")
+    done = make("--check", book=book)
+    assert done.returncode == 1
+    assert f"book/{CHAPTER}.ipynb differs" in done.stderr and f"python book/make.py {CHAPTER}" in done.stderr
+    assert "99-left-over.ipynb has no text" in done.stderr
+
+
+def test_check_notices_a_changed_public_address(tmp_path: Path) -> None:
+    done = make("--check", book=copy_of_book(tmp_path / "book", "https://github.com/somebody/something"))
+    assert done.returncode == 1 and f"book/{CHAPTER}.ipynb differs" in done.stderr
+
+
+@functools.cache
+def setup_cell(name: str) -> str:
+    cells = json.loads((BOOK / f"{name}.ipynb").read_text())["cells"]
+    return next(source for c in cells if "ADDRESS = " in (source := "".join(c["source"])))
+
+
+# Runs a cell with the project importable or not, and with programs that would install it replaced by a note.
+RUN_CELL = """
+import importlib.util, subprocess, sys
+cell, importable = sys.argv[1], sys.argv[2] == "yes"
+importlib.util.find_spec = lambda name: object() if importable else None
+subprocess.run = lambda command, check: print("RUN", *command)
+exec(cell)
+"""
+
+
+def run_setup(cell: str, importable: bool, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", RUN_CELL, cell, "yes" if importable else "no"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_the_setup_cell(name: str, tmp_path: Path) -> None:
+    cell = setup_cell(name)
+    done = run_setup(cell, importable=True, folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+    private = cell.replace(cell[cell.index("ADDRESS = ") :].split("\n")[0], 'ADDRESS = ""', 1)
+    done = run_setup(private, importable=False, folder=tmp_path)
+    assert done.returncode == 1 and "no public address yet" in done.stderr and "pip install" in done.stderr
+
+    public = private.replace('ADDRESS = ""', 'ADDRESS = "https://github.com/somebody/something"', 1)
+    done = run_setup(public, importable=False, folder=tmp_path)
+    assert done.returncode == 0 and "git clone" in done.stdout and "pip install" in done.stdout
+    assert "https://github.com/somebody/something" in done.stdout
