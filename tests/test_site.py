@@ -141,7 +141,7 @@ def test_a_solution_is_hidden_until_it_is_clicked(browser, address: str) -> None
     assert solutions.count() >= 3
     inside = solutions.first.locator("div.cell").first
     assert not inside.is_visible()
-    solutions.first.locator("button.toggle-button, .admonition-title").first.click()
+    solutions.first.locator("button.toggle-button").click()
     inside.wait_for(state="visible", timeout=5000)
     page.close()
 
