@@ -51,7 +51,7 @@ class TrainConfig:
     arch: Literal["hope", "hope-attention", "transformer++"] = setting("hope", "architecture")
     data: str = setting("pydoc", "pydoc (the text that ships with Python), or the path of a text file in UTF-8")
     out: str = setting("", "run directory; default: runs/SIZE, with -ARCH appended for other architectures than hope")
-    steps: int = setting(300, "optimizer steps")
+    steps: int = setting(200, "optimizer steps")
     batch_size: int = setting(2, "sequences a step")
     seq_len: int = setting(512, "tokens of a sequence")
     optimizer: Literal["muon", "adamw"] = setting("muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all")
@@ -61,7 +61,7 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "decoupled weight decay of the matrices")
     grad_clip: float = setting(1.0, "gradient norm above which gradients are scaled down")
     seed: int = setting(0, "seeds the start weights and the order of the data")
-    eval_every: int = setting(100, "steps between two validations")
+    eval_every: int = setting(50, "steps between two validations")
     save_every: int = setting(50, "steps between two checkpoints")
     keep: int = setting(2, "checkpoints that are kept")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
@@ -435,7 +435,7 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
     progress.close()
     print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
     print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
-    print(sample_text(model, "The ", 300, 0.7, None, 0.95, config.seed))
+    print(sample_text(model, "The ", 300, 0.8, None, 0.95, config.seed))
     print(f'\nMore: python train.py --sample {run.path} --prompt "The "')
     return 0
 
@@ -547,7 +547,7 @@ def make_parser() -> argparse.ArgumentParser:
     act.add_argument("--sample", metavar="DIR", help="print a sample from the newest checkpoint of the run in DIR")
     act.add_argument("--prompt", default="The ", metavar="TEXT", help="what the sample starts with (default: 'The ')")
     act.add_argument("--max-new-tokens", type=int, default=300, metavar="N", help="length of the sample (default: 300)")
-    act.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0 takes the likeliest (default: 0.7)")
+    act.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest (default: 0.8)")
     act.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens only")
     act.add_argument("--top-p", type=float, default=0.95, metavar="X", help="sample among the likeliest tokens that have X of the probability (default: 0.95)")  # fmt: skip
     add_fields(parser, "training", TrainConfig)
