@@ -435,7 +435,7 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
     progress.close()
     print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
     print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
-    print(sample_text(model, "The ", 300, 0.8, None, 0.95, config.seed))
+    print(sample_text(model, "The ", 300, 1.0, None, 0.9, config.seed))
     print(f'\nMore: python train.py --sample {run.path} --prompt "The "')
     return 0
 
@@ -547,9 +547,9 @@ def make_parser() -> argparse.ArgumentParser:
     act.add_argument("--sample", metavar="DIR", help="print a sample from the newest checkpoint of the run in DIR")
     act.add_argument("--prompt", default="The ", metavar="TEXT", help="what the sample starts with (default: 'The ')")
     act.add_argument("--max-new-tokens", type=int, default=300, metavar="N", help="length of the sample (default: 300)")
-    act.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest (default: 0.8)")
+    act.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest (default: 1)")
     act.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens only")
-    act.add_argument("--top-p", type=float, default=0.95, metavar="X", help="sample among the likeliest tokens that have X of the probability (default: 0.95)")  # fmt: skip
+    act.add_argument("--top-p", type=float, default=0.9, metavar="X", help="sample among the likeliest tokens that have X of the probability (default: 0.9)")  # fmt: skip
     add_fields(parser, "training", TrainConfig)
     add_fields(parser, "model", HopeConfig, skip=("memory", "vocab_size"))
     add_fields(parser, "memory (the sequence layer)", MemoryConfig)
