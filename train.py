@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,9 +34,6 @@ from tqdm import tqdm
 
 import hope
 from hope import Hope, HopeConfig, MemoryConfig, check_choices, check_positive, setting
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 class UserError(Exception):
@@ -297,7 +294,8 @@ class Run:
             mean = y if mean is None else 0.9 * mean + 0.1 * y
             smooth.append((step, mean))
         val = [(r["step"], r["val_bpb"]) for r in rows if "val_bpb" in r]
-        fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+        fig = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: no display and no backend is touched
+        ax = fig.subplots()
         ax.plot(*zip(*loss), color="#9ecae1", linewidth=0.8, label="training, each step")
         ax.plot(*zip(*smooth), color="#08519c", linewidth=1.8, label="training, running mean")
         if val:
@@ -307,7 +305,6 @@ class Run:
         ax.grid(alpha=0.3)
         ax.legend()
         fig.savefig(self.path / "loss.png", dpi=150)
-        plt.close(fig)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
