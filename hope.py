@@ -838,7 +838,7 @@ class Levels(list[Level]):
     """Levels from fastest to slowest; prints as a table."""
 
     def __str__(self) -> str:
-        head = ("level", "component", "moves every", "context", "objective", "rule", "numbers")
+        head = ("level", "component", "every", "context", "objective", "rule", "numbers")
         rows = [
             (str(r.level), r.component, r.every, r.context, r.objective, r.rule, f"{r.size:,}") for r in self
         ]
@@ -877,14 +877,14 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
         memory = model.blocks[0].memory
         for group, name, period in (
             ("main", "memory M", m.chunk if m.read == "chunk" else 1),
-            ("proj", "memories " + ", ".join(memory.adaptive), m.chunk_proj),
+            ("proj", "memories " + ",".join(memory.adaptive), m.chunk_proj),
         ):
             if group == "proj" and not memory.adaptive:
                 continue
             size = c.n_layer * sum(w.numel() for w in memory.start_weights(group))
             values = "keys, own values" if m.self_values else "keys, values"
             if m.momentum:
-                add(period, 0, f"{name}: momentum", "inner gradients", "-<m, g>", "EMA", size)
+                add(period, 0, f"{name.removeprefix('memories ')}: momentum", "inner gradients", "-<m, g>", "EMA", size)
             add(period, 1, name, values, loss, rule, size)
     for chunk, level, fast in zip(c.cms, model.blocks[0].cms.levels, model.blocks[0].cms.fast):
         if fast:

@@ -314,7 +314,7 @@ def test_levels_are_ordered_by_definition_2():
     table = hope.levels(model, [torch.optim.Muon(groups["matrix"]), torch.optim.AdamW(groups["rest"])])
     at = {row.component: row for row in table}
     assert [row.level for row in table] == sorted(row.level for row in table)
-    assert at["memory M: momentum"].level < at["memory M"].level < at["memories k, v, eta, alpha"].level
+    assert at["memory M: momentum"].level < at["memory M"].level < at["memories k,v,eta,alpha"].level
     assert at["CMS, C = 6"].level < at["CMS, C = 12"].level < at["AdamW: first moment"].level
     assert at["AdamW: first moment"].level == at["AdamW: second moment"].level < at["parameters, start states"].level
     assert at["parameters, start states"].size == sum(p.numel() for p in model.parameters())

@@ -44,7 +44,7 @@ def stripped(rows):
 def test_a_run_prints_and_leaves_what_it_promises(capsys):
     assert run("--steps", "6", "--eval-every", "3", "--save-every", "3") == 0
     out = capsys.readouterr().out
-    assert "memories k, v, eta, alpha" in out and "CMS, C = 32" in out
+    assert "memories k,v,eta,alpha" in out and "CMS, C = 32" in out
     bpb = float(re.search(r"validation: ([\d.]+) bits per byte", out)[1])
     log = rows()
     assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6]
