@@ -66,11 +66,13 @@ class MemoryConfig:
     )
     objective: Literal["dot", "l2"] = setting("l2", "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2")
     rule: Literal["gd", "dgd"] = setting("dgd", "inner optimizer: gradient descent or delta gradient descent (eq. 88)")
-    step: Literal["exact", "one"] = setting(
-        "exact", "inner step size: exact is eta / (1 + eta |x|^2) with a learnt eta (eq. 57); one is always 1"
+    step: Literal["exact", "mean", "one"] = setting(
+        "exact", "inner step: exact is eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is eta / chunk; one is always 1"
     )
     momentum: bool = setting(True, "momentum on the inner gradient, with a learnt gate theta")
-    decay: bool = setting(True, "retention gate alpha; off means that nothing is forgotten")
+    decay: Literal["gate", "fixed", "none"] = setting(
+        "gate", "retention alpha: a learnt gate, a fixed number for every head (RetNet's), or none: nothing is forgotten"
+    )
     adaptive: tuple[str, ...] = setting(
         ("k", "v", "eta", "alpha"), "which of k, v, q, eta, alpha are read from memories that are written too"
     )
@@ -82,20 +84,26 @@ class MemoryConfig:
     )
     conv: int = setting(4, "width of the causal depthwise convolution in front; 0 for none")
     qk_norm: bool = setting(True, "l2-normalise keys and queries")
+    value_norm: bool = setting(True, "l2-normalise self-generated values and rescale them by a learnt factor")
+    memory_norm: bool = setting(False, "MLP memories with a layer norm inside: x + norm(W1 silu(W2 x))")
+    expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width")
+    rotary: bool = setting(False, "rotary positions on keys and queries")
     project: bool = setting(True, "static projections into and out of the heads; off is the paper's literal form, one head")
     window: int = setting(0, "softmax attention only: how many tokens back it sees; 0 for all")
 
+    LINEAR = dict(depth=1, objective="dot", momentum=False, decay="none", adaptive=(), self_values=False, read="after")
+    DEEP = dict(rule="gd", step="mean", adaptive=(), self_values=False, memory_norm=True)
     PRESETS = {
         "hope": {},
-        "linear-attention": dict(
-            depth=1, objective="dot", rule="gd", step="one", momentum=False, decay=False, adaptive=(),
-            self_values=False, read="after",
-        ),
-        "deltanet": dict(
-            depth=1, objective="dot", momentum=False, decay=False, adaptive=(), self_values=False, read="after"
-        ),
-        "attention": dict(depth=0, adaptive=()),
-    }  # fmt: skip
+        "linear-attention": dict(LINEAR, rule="gd", step="one"),
+        "retnet": dict(LINEAR, rule="gd", step="one", decay="fixed", rotary=True),
+        "deltanet": LINEAR,
+        "gated-deltanet": dict(LINEAR, decay="gate"),
+        "ttt": dict(DEEP, momentum=False, decay="none", read="after", expand=4),
+        "titans": DEEP,
+        "dla": dict(DEEP, objective="dot", momentum=False),
+        "attention": dict(depth=0, adaptive=(), rotary=True),
+    }
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MemoryConfig:
@@ -106,7 +114,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_positive(self, "d_model", "n_head", "chunk", "chunk_proj")
+        check_positive(self, "d_model", "n_head", "chunk", "chunk_proj", "expand")
         if self.d_model % self.n_head:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
         if unknown := set(self.adaptive) - {"k", "v", "q", "eta", "alpha"}:
@@ -115,9 +123,17 @@ class MemoryConfig:
             raise ValueError(f"conv is {self.conv}, window is {self.window}; neither can be negative")
         if not self.project and self.n_head > 1:
             raise ValueError(f"project=False is the one-head form, but n_head is {self.n_head}; set n_head=1")
-        for name, off in (("eta", self.step == "one"), ("alpha", not self.decay)):
+        for name, off in (("eta", self.step == "one"), ("alpha", self.decay != "gate")):
             if name in self.adaptive and off:
                 raise ValueError(f"adaptive names {name}, which this memory does not have; leave it out of adaptive")
+
+        if self.depth < 2 and (self.memory_norm or self.expand > 1):
+            raise ValueError(f"memory_norm and expand are for MLP memories, but depth is {self.depth}; set depth=2")
+        if (self.rotary or self.depth == 0) and self.d_head % 2:
+            raise ValueError(f"rotary positions need an even head width, not {self.d_head}; change n_head or d_model")
+
+        if self.rotary and {"k", "q"} & set(self.adaptive):
+            raise ValueError("rotary positions are for static keys and queries; take k and q out of adaptive")
 
     @property
     def d_head(self) -> int:
@@ -131,11 +147,21 @@ class HopeConfig:
     vocab_size: int = setting(256, "number of tokens")
     n_layer: int = setting(2, "blocks")
     memory: MemoryConfig = MemoryConfig()
+    pattern: tuple[str, ...] = setting(
+        ("memory",), "sequence layers of successive blocks, repeated: memory, or attention over the last `window` tokens"
+    )
     cms: tuple[float, ...] = setting(
         (64, 256, INF), "chunk size of each MLP of the continuum memory system; inf moves with the outer optimizer only"
     )
     cms_hidden: float = setting(2.0, "hidden width of each of these MLPs, as a multiple of d_model")
-    cms_rate: float = setting(1.0, "start value of their learnt inner step size, per mean gradient of a chunk; 0 turns writes off")
+    cms_rate: tuple[float, ...] = setting(
+        (1.0,), "inner step size per mean gradient of a chunk, one for all in-context levels or one each; 0 for no writes"
+    )
+    learn_rates: bool = setting(True, "whether these step sizes are learnt, up to twice the given ones")
+    wiring: Literal["sequential", "nested", "independent"] = setting(
+        "sequential", "how levels are joined: in a chain (eq. 73), in a chain with start states learnt one level up (eq. 72), "
+        "or side by side (eq. 74)"
+    )
     mlp: Literal["silu", "swiglu"] = setting("silu", "kind of MLP")
     inner_grad: Literal["first-order", "full"] = setting(
         "first-order", "whether the outer gradient sees through the inner one (full costs a second derivative)"
@@ -143,11 +169,20 @@ class HopeConfig:
 
     # Width, heads and depth by size; what is left of the parameter budget goes to the MLPs.
     SIZES = {"tiny": dict(d_model=128, n_head=4, n_layer=2)}
+    TRANSFORMER = dict(cms=(INF,), mlp="swiglu", cms_hidden=4.5)
     ARCHS = {
         "hope": dict(memory="hope"),
         "hope-attention": dict(memory="attention"),
-        "transformer++": dict(memory="attention", cms=(INF,), mlp="swiglu", cms_hidden=4.5),
-    }
+        "transformer++": dict(TRANSFORMER, memory="attention"),
+        "titans": dict(TRANSFORMER, memory="titans"),
+        "deltanet": dict(TRANSFORMER, memory="deltanet"),
+        "gated-deltanet": dict(TRANSFORMER, memory="gated-deltanet"),
+        "retnet": dict(TRANSFORMER, memory="retnet"),
+        "linear-attention": dict(TRANSFORMER, memory="linear-attention"),
+        "ttt": dict(TRANSFORMER, memory="ttt"),
+        "dla": dict(TRANSFORMER, memory="dla"),
+        "samba": dict(TRANSFORMER, memory="gated-deltanet", pattern=("memory", "attention"), window=2048),
+    }  # fmt: skip
 
     @classmethod
     def preset(cls, size: str = "tiny", arch: str = "hope", **overrides: Any) -> HopeConfig:
@@ -171,16 +206,35 @@ class HopeConfig:
         if not self.cms:
             raise ValueError("cms is empty; give at least one chunk size, inf for a plain MLP")
         for c in self.cms:
-            if c != INF and (c < 1 or c != int(c) or c % self.segment):
-                raise ValueError(f"cms has {c}; chunk sizes are inf or multiples of the smallest, {self.segment}")
-        if self.cms_rate < 0:
-            raise ValueError(f"cms_rate is {self.cms_rate}; a step size cannot be negative")
+            if c != INF and (c < 1 or c != int(c)):
+                raise ValueError(f"cms has {c}; chunk sizes are whole numbers from 1, or inf")
+        finite = sum(c != INF for c in self.cms)
+        if min(self.cms_rate, default=-1) < 0 or len(self.cms_rate) not in (1, finite):
+            raise ValueError(
+                f"cms_rate is {self.cms_rate}; give one step size from 0, or one for each of {finite} in-context levels"
+            )
+        if self.wiring == "nested" and list(self.cms) != sorted(self.cms):
+            raise ValueError(f"cms is {self.cms}; nested levels go from fast to slow, so sort the chunk sizes")
+        if not self.pattern or set(self.pattern) - {"memory", "attention"}:
+            raise ValueError(f"pattern is {self.pattern}; it lists one or more of: memory, attention")
 
     @property
-    def segment(self) -> int | None:
-        """Tokens between two writes of the fastest MLP; None if none is written in context."""
-        finite = [int(c) for c in self.cms if c != INF]
-        return min(finite) if finite and self.cms_rate > 0 else None
+    def rates(self) -> list[float]:
+        """Inner step size of every level of the CMS; 0 for one that is not written in context."""
+        rates = iter(self.cms_rate * (len(self.cms) if len(self.cms_rate) == 1 else 1))
+        return [0.0 if c == INF else next(rates) for c in self.cms]
+
+    @property
+    def clocks(self) -> list[int]:
+        """Chunk sizes of the levels that are written in context."""
+        return [int(c) for c, rate in zip(self.cms, self.rates) if rate > 0]
+
+    def layer(self, i: int) -> MemoryConfig:
+        """The sequence layer of block i."""
+        m = self.memory
+        if self.pattern[i % len(self.pattern)] == "memory":
+            return m
+        return MemoryConfig.preset("attention", d_model=m.d_model, n_head=m.n_head, conv=m.conv, window=m.window)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,6 +283,8 @@ class FastMLP:
 
     delta: list[Tensor]
     total: list[Tensor]  # gradient summed since the chunk began
+    start: list[Tensor] | None = None  # nested wiring: what delta restarts from when the next slower chunk ends
+    start_total: list[Tensor] | None = None  # and the gradient summed since that chunk began
 
 
 @dataclass
@@ -269,16 +325,17 @@ def causal_conv(conv: nn.Conv1d | None, x: Tensor, tail: Tensor | None) -> tuple
     return conv(x.mT).mT, x[:, x.shape[1] - tail.shape[1] :]
 
 
-def apply_memory(layers: Sequence[Tensor], x: Tensor) -> Tensor:
+def apply_memory(layers: Sequence[Tensor], x: Tensor, norm: bool = False) -> Tensor:
     """Read memories of weights (b, h, n, o, i) at x (b, h, n or 1, c, i): M x, or x + W1 silu(W2 x) (eq. 89)."""
     if len(layers) == 1:
         return x @ layers[0].mT
     w2, w1 = layers
-    return x + F.silu(x @ w2.mT) @ w1.mT
+    y = F.silu(x @ w2.mT) @ w1.mT
+    return x + (F.layer_norm(y, y.shape[-1:]) if norm else y)
 
 
 def inner_gradients(
-    layers: Sequence[Tensor], k: Tensor, v: Tensor, objective: str
+    layers: Sequence[Tensor], k: Tensor, v: Tensor, objective: str, norm: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
     """Per layer its input (..., c, i) and the inner loss's gradient at its output (..., c, o), each token by itself."""
     if len(layers) == 1:
@@ -287,8 +344,23 @@ def inner_gradients(
     z = k @ w2.mT
     gate = torch.sigmoid(z)
     hidden = z * gate
-    d1 = k + hidden @ w1.mT - v if objective == "l2" else -v
+    y = hidden @ w1.mT
+    if norm:
+        y, std = F.layer_norm(y, y.shape[-1:]), (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    d1 = k + y - v if objective == "l2" else -v
+    if norm:  # through the layer norm
+        d1 = (d1 - d1.mean(-1, keepdim=True) - y * (d1 * y).mean(-1, keepdim=True)) / std
     return [(k, (d1 @ w1) * (gate * (1 + z - hidden))), (hidden, d1)]
+
+
+def rotate(x: Tensor, start: int) -> Tensor:
+    """Rotary embedding of x (b, h, t, e) at positions start, start + 1, ..."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Memory(nn.Module):
@@ -329,9 +401,11 @@ class Memory(nn.Module):
         self.to_u = nn.Linear(d, d, bias=False) if c.adaptive and c.project else None
         # A gate is bias + <read, M(x)> per head if adaptive, bias + W x if not. At the start: remember, learn slowly.
         self.gates = nn.ModuleDict()
-        for name, present, bias in (("eta", c.step == "exact", -2.0), ("alpha", c.decay, 4.0), ("theta", c.momentum, 0.0)):
+        for name, present, bias in (("eta", c.step != "one", -2.0), ("alpha", c.decay == "gate", 4.0), ("theta", c.momentum, 0.0)):
             if present:
                 self.gates[name] = Gate(h, e, bias) if name in c.adaptive else StaticGate(d, h, bias)
+        if c.decay == "fixed":
+            self.register_buffer("fixed_alpha", 1 - 2.0 ** -(5 + torch.arange(h)).view(h, 1), persistent=False)
         self.start = nn.ParameterDict()
         for group, n in (("proj", len(self.adaptive)), ("main", 1)):
             if n == 0:
@@ -339,9 +413,10 @@ class Memory(nn.Module):
             if c.depth == 1:
                 self.start[f"{group}_0"] = nn.Parameter(torch.zeros(h, n, e, e))
             else:
-                self.start[f"{group}_0"] = nn.Parameter(torch.randn(h, n, e, e) / math.sqrt(e))
-                self.start[f"{group}_1"] = nn.Parameter(torch.randn(h, n, e, e) / math.sqrt(e) * 0.3)
-            if c.self_values:
+                hidden = c.expand * e
+                self.start[f"{group}_0"] = nn.Parameter(torch.randn(h, n, hidden, e) / math.sqrt(e))
+                self.start[f"{group}_1"] = nn.Parameter(torch.randn(h, n, e, hidden) / math.sqrt(hidden) * 0.3)
+            if c.self_values and c.value_norm:
                 self.start[f"{group}_scale"] = nn.Parameter(torch.ones(h, n, 1, 1))
 
     def start_weights(self, group: str) -> list[Tensor]:
@@ -383,6 +458,8 @@ class Memory(nn.Module):
         for name, to in (("k", self.to_k), ("v", self.to_v), ("q", self.to_q)):
             if name not in self.adaptive:
                 streams[name] = self._heads(x, to)
+                if c.rotary and name != "v":
+                    streams[name] = rotate(streams[name], state.t)
         for name, gate in self.gates.items():
             if name not in self.adaptive:
                 streams[name] = gate(x)
@@ -407,12 +484,13 @@ class Memory(nn.Module):
         c, z = self.config, dict(streams)
         if self.adaptive:
             u = z.pop("u").unsqueeze(2)
-            reads = apply_memory(groups["proj"].anchor, F.normalize(u, dim=-1) if c.qk_norm else u)
+            reads = apply_memory(groups["proj"].anchor, F.normalize(u, dim=-1) if c.qk_norm else u, c.memory_norm)
             z.update(zip(self.adaptive, reads.unbind(2)))
         k, v, q = (F.normalize(z[b], dim=-1) if c.qk_norm and b != "v" else z[b] for b in ("k", "v", "q"))
         gates = {b: self.gates[b](z[b]) if b in self.adaptive else z[b] for b in self.gates}
         eta = F.softplus(gates["eta"]) if "eta" in gates else torch.ones_like(k[..., 0])
-        alpha = torch.sigmoid(gates["alpha"]) if "alpha" in gates else torch.ones_like(eta)
+        alpha = self.fixed_alpha.to(eta).expand_as(eta) if c.decay == "fixed" else torch.ones_like(eta)
+        alpha = torch.sigmoid(gates["alpha"]) if "alpha" in gates else alpha
         theta = torch.sigmoid(gates["theta"]).unsqueeze(2) if "theta" in gates else None
         eta, alpha, k, v = (w.unsqueeze(2) for w in (eta, alpha, k, v))
         through = chunk_gates(alpha, theta)
@@ -420,13 +498,17 @@ class Memory(nn.Module):
         for name, group in groups.items():
             value = v
             if c.self_values:
-                value = self.start[f"{name}_scale"] * F.normalize(apply_memory(group.anchor, v), dim=-1)
+                value = apply_memory(group.anchor, v, c.memory_norm)
+                if c.value_norm:
+                    value = self.start[f"{name}_scale"] * F.normalize(value, dim=-1)
             query = y if name == "main" and c.read != "chunk" else None
             now, momentum = [], []
-            for layer, (x, grad) in enumerate(inner_gradients(group.anchor, k, value, c.objective)):
+            for layer, (x, grad) in enumerate(inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)):
                 if c.momentum:
                     grad = (1 - theta).unsqueeze(-1) * grad
-                step = eta / (1 + eta * x.square().sum(-1)) if c.step == "exact" else eta
+                step = eta / c.chunk if c.step == "mean" else eta
+                if c.step == "exact":
+                    step = eta / (1 + eta * x.square().sum(-1))
                 weights, m, query = dgd_chunk(
                     group.now[layer], x, grad, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
                     m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through,
@@ -437,9 +519,11 @@ class Memory(nn.Module):
                     query = F.silu(query)
             new[name] = Weights(now, momentum if c.momentum else None, group.anchor)
         if query is None:
-            y = apply_memory(groups["main"].anchor, y)
+            y = apply_memory(groups["main"].anchor, y, c.memory_norm)
+        elif c.depth == 1:
+            y = query
         else:
-            y = query if c.depth == 1 else y + query
+            y = y + (F.layer_norm(query, query.shape[-1:]) if c.memory_norm else query)
         return y.squeeze(2), new
 
 
@@ -474,24 +558,12 @@ class Attention(Memory):
 
     def _init_parts(self) -> None:
         d, h = self.config.d_model, self.config.n_head
-        if self.config.d_head % 2:
-            raise ValueError(f"attention needs an even head width, not {self.config.d_head}; change n_head or d_model")
         self.to_k, self.to_v, self.to_q = (nn.Linear(d, d, bias=False) for _ in range(3))
         self.scale = nn.Parameter(torch.full((h, 1, 1), 10.0 if self.config.qk_norm else self.config.d_head**-0.5))
 
     def init_state(self, b: int) -> AttentionState:
         empty = self.to_k.weight.new_zeros(b, self.config.n_head, 0, self.config.d_head)
         return AttentionState(0, self._empty_tail(b), empty, empty)
-
-    @staticmethod
-    def _rotate(x: Tensor, start: int) -> Tensor:
-        """Rotary embedding of x (b, h, t, e) at positions start, start + 1, ..."""
-        half = x.shape[-1] // 2
-        frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-        angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * frequency
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     def forward(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
         """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
@@ -501,7 +573,9 @@ class Attention(Memory):
         q, k, v = (self._heads(x, to) for to in (self.to_q, self.to_k, self.to_v))
         if c.qk_norm:
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        q, k = self._rotate(q * self.scale, state.t), self._rotate(k, state.t)
+        q = q * self.scale
+        if c.rotary:
+            q, k = rotate(q, state.t), rotate(k, state.t)
         k, v = torch.cat([state.k.to(k.dtype), k], 2), torch.cat([state.v.to(v.dtype), v], 2)
         age = torch.arange(q.shape[2], device=x.device)[:, None] + (k.shape[2] - q.shape[2])
         age = age - torch.arange(k.shape[2], device=x.device)
@@ -544,33 +618,53 @@ class MLP(nn.Module):
 
 
 class CMS(nn.Module):
-    """Continuum memory system: a chain of MLPs, block l written every C_l tokens (eqs. 70, 71, 73).
+    """Continuum memory system: MLPs, block l written every C_l tokens (eqs. 70 to 74).
 
     A block with finite C_l is a fast weight, theta + delta with one delta per sequence. `write` moves it by the sum of
     the chunk's gradients of the task loss, divided by C_l so that rates compare across levels. C_l = inf is a plain MLP.
+    Wired in a chain (sequential), side by side (independent: the changes that the blocks make are added), or nested: a
+    chain in which a block falls back to its start state when the next slower block's chunk ends, and that start state
+    itself moves by the gradients of the slower chunk.
     """
 
     def __init__(self, config: HopeConfig):
         super().__init__()
-        d, self.chunks, self.rate0 = config.memory.d_model, config.cms, config.cms_rate
+        d, self.chunks, self.wiring = config.memory.d_model, config.cms, config.wiring
         self.levels = nn.ModuleList(MLP(d, round(config.cms_hidden * d), config.mlp) for _ in config.cms)
-        written = config.segment is not None
-        self.fast = [written and c != INF for c in config.cms]
+        self.start_rates = config.rates
         # Learnt and bounded: rates grow at most twofold, since a far too large one destroys what was learnt.
-        self.raw_rate = nn.ParameterList(nn.Parameter(torch.zeros(())) for f in self.fast if f)
+        zero = torch.zeros(len(config.clocks))
+        self.raw_rates = nn.Parameter(zero) if config.learn_rates and config.clocks else None
+
+    @property
+    def fast(self) -> list[bool]:
+        """Which levels are written in context."""
+        return [rate > 0 for rate in self.start_rates]
 
     def rates(self) -> list[Tensor]:
         """Step size of every in-context level, per mean gradient of its chunk."""
-        return [2 * self.rate0 * torch.sigmoid(raw) for raw in self.raw_rate]
+        start = [rate for rate in self.start_rates if rate > 0]
+        if self.raw_rates is None:
+            return [torch.tensor(rate) for rate in start]
+        return [2 * rate * torch.sigmoid(raw) for rate, raw in zip(start, self.raw_rates)]
+
+    def _slower(self) -> list[float | None]:
+        """For every level the chunk size at whose end it restarts: nested wiring, the next slower in-context level."""
+        if self.wiring != "nested":
+            return [None] * len(self.chunks)
+        return [next((c for c, f in zip(self.chunks[i + 1 :], self.fast[i + 1 :]) if f), None) for i in range(len(self.chunks))]
 
     def init_state(self, b: int) -> list[FastMLP | None]:
-        def zeros(level: MLP) -> list[Tensor]:
-            return [w.new_zeros(b, *w.shape) for w in (level.w_in.weight, level.w_out.weight)]
-
-        return [FastMLP(zeros(l), zeros(l)) if fast else None for l, fast in zip(self.levels, self.fast)]
+        state: list[FastMLP | None] = []
+        for level, fast, slower in zip(self.levels, self.fast, self._slower()):
+            zeros = [w.new_zeros(b, *w.shape) for w in (level.w_in.weight, level.w_out.weight)]
+            state.append(FastMLP(zeros, zeros, *([zeros, zeros] if slower else [])) if fast else None)
+        return state
 
     def forward(self, x: Tensor, state: Sequence[FastMLP | None]) -> Tensor:
         """x: (b, t, d) -> (b, t, d), through the weights as they stand."""
+        if self.wiring == "independent":
+            return x + sum(level(x, fast and fast.delta) - x for level, fast in zip(self.levels, state))
         for level, fast in zip(self.levels, state):
             x = level(x, fast and fast.delta)
         return x
@@ -579,16 +673,22 @@ class CMS(nn.Module):
         """Add a segment's gradients; levels whose chunk ends at time t take their step (eq. 71)."""
         rates = iter(self.rates())
         new: list[FastMLP | None] = []
-        for fast, grad, chunk in zip(state, grads, self.chunks):
+        for fast, grad, chunk, slower in zip(state, grads, self.chunks, self._slower()):
             if fast is None:
                 new.append(None)
                 continue
-            rate, total = next(rates), [a + g for a, g in zip(fast.total, grad)]
+            rate, summed = next(rates), lambda totals: [a + g for a, g in zip(totals, grad)]
+            step = lambda weights, totals, c: [w - rate / c * a for w, a in zip(weights, totals)]
+            zeros = [torch.zeros_like(g) for g in grad]
+            fast = replace(fast, total=summed(fast.total))
             if t % chunk == 0:
-                delta = [d - rate / chunk * a for d, a in zip(fast.delta, total)]
-                new.append(FastMLP(delta, [torch.zeros_like(a) for a in total]))
-            else:
-                new.append(FastMLP(fast.delta, total))
+                fast = replace(fast, delta=step(fast.delta, fast.total, chunk), total=zeros)
+            if slower:
+                fast = replace(fast, start_total=summed(fast.start_total))
+                if t % slower == 0:
+                    start = step(fast.start, fast.start_total, slower)
+                    fast = FastMLP(start, zeros, start, zeros)
+            new.append(fast)
         return new
 
 
@@ -597,10 +697,10 @@ class CMS(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: HopeConfig):
+    def __init__(self, config: HopeConfig, i: int):
         super().__init__()
         self.norm = nn.RMSNorm(config.memory.d_model)
-        self.memory = Memory(config.memory)
+        self.memory = Memory(config.layer(i))
         self.cms = CMS(config)
 
     def forward(self, x: Tensor, memory: Any, cms: list[FastMLP | None]) -> tuple[Tensor, Any]:
@@ -616,7 +716,7 @@ class Hope(nn.Module):
         self.config = config
         d = config.memory.d_model
         self.embed = nn.Embedding(config.vocab_size, d)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(d)
         self.head = nn.Linear(d, config.vocab_size, bias=False)
         for name, module in self.named_modules():
@@ -674,7 +774,7 @@ class Hope(nn.Module):
     ) -> tuple[Tensor, HopeState]:
         """Read a stream and learn from it: memories are written, and so is the CMS, by its own prediction errors.
 
-        The stream is cut into segments of the smallest finite C_l. After each, every level adds the gradient of the
+        The stream is cut wherever a level's chunk ends. After each segment, every level adds the gradient of the
         segment's loss to its sum, and levels whose chunk is complete take their step (eq. 71); the next segment runs
         with the new weights. The same at training and at inference. Any cut of a stream gives the same result.
 
@@ -695,10 +795,9 @@ class Hope(nn.Module):
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
         elif state.pending is not None:
             raise ValueError("this state has a pending token from observe without targets; go on without targets")
-        segment, losses, s = self.config.segment, [], 0
+        losses, s = [], 0
         while s < tokens.shape[1]:
-            left = tokens.shape[1] - s
-            n = left if segment is None else min(left, segment - state.observed % segment)
+            n = min([tokens.shape[1] - s, *(c - state.observed % c for c in self.config.clocks)])
             loss, state = self._observe_piece(tokens[:, s : s + n], targets[:, s : s + n], state)
             losses.append(loss)
             s += n
@@ -712,16 +811,13 @@ class Hope(nn.Module):
 
     def _observe_piece(self, tokens: Tensor, targets: Tensor, state: HopeState) -> tuple[Tensor, HopeState]:
         """Tokens that lie within one segment."""
-        observed, segment = state.observed + tokens.shape[1], self.config.segment
-        if segment is None or observed % segment:
-            logits, memories = self._run(tokens, state.memories, state.cms)
-            loss = token_loss(logits, targets)
-            open = None
-            if segment is not None:
-                open = state.segment or Segment(tokens[:, :0], targets[:, :0], state.memories)
-                open = Segment(torch.cat([open.tokens, tokens], 1), torch.cat([open.targets, targets], 1), open.memories)
-            return loss, replace(state, memories=memories, observed=observed, segment=open)
+        observed, clocks = state.observed + tokens.shape[1], self.config.clocks
         open = state.segment or Segment(tokens[:, :0], targets[:, :0], state.memories)
+        if all(observed % c for c in clocks):
+            logits, memories = self._run(tokens, state.memories, state.cms)
+            open = Segment(torch.cat([open.tokens, tokens], 1), torch.cat([open.targets, targets], 1), open.memories)
+            state = replace(state, memories=memories, observed=observed, segment=open if clocks else None)
+            return token_loss(logits, targets), state
         loss, memories, cms = self._segment(open, tokens, targets, state.cms, observed)
         return loss, replace(state, memories=memories, cms=cms, observed=observed, segment=None)
 
@@ -861,28 +957,30 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
     A component is faster than another if it moves more often, or as often and the other's next state needs its own.
     Raises ValueError for an optimizer whose memories are not known here.
     """
-    c, m = model.config, model.config.memory
+    c = model.config
     found: list[tuple[float, int, str, str, str, str, int]] = []  # period, rank at equal period, then the columns
 
     def add(period: float, rank: int, component: str, context: str, objective: str, rule: str, size: int) -> None:
         found.append((period, rank, component, context, objective, rule, size))
 
     outer = INF
-    if m.depth == 0:
-        seen = f"the last {m.window} tokens" if m.window else "all tokens so far"
-        add(0, 0, "softmax attention", seen, "kernel regression (eq. 62)", "solved exactly", 0)
-    else:
+    kinds = [block.memory for block in model.blocks]
+    if attention := [a for a in kinds if a.config.depth == 0]:
+        window = attention[0].config.window
+        seen = f"last {window} tokens" if window else "all tokens so far"
+        add(0, 0, "softmax attention", seen, "regression (eq. 62)", "solved exactly", 0)
+    if memories := [a for a in kinds if a.config.depth > 0]:
+        m = c.memory
         loss = "1/2 |M k - v|^2" if m.objective == "l2" else "-<M k, v>"
         rule = "delta GD (eq. 88)" if m.rule == "dgd" else "GD (eq. 17)"
-        memory = model.blocks[0].memory
+        values = "keys, own values" if m.self_values else "keys, values"
         for group, name, period in (
             ("main", "memory M", m.chunk if m.read == "chunk" else 1),
-            ("proj", "memories " + ",".join(memory.adaptive), m.chunk_proj),
+            ("proj", "memories " + ",".join(memories[0].adaptive), m.chunk_proj),
         ):
-            if group == "proj" and not memory.adaptive:
+            if group == "proj" and not m.adaptive:
                 continue
-            size = c.n_layer * sum(w.numel() for w in memory.start_weights(group))
-            values = "keys, own values" if m.self_values else "keys, values"
+            size = len(memories) * sum(w.numel() for w in memories[0].start_weights(group))
             if m.momentum:
                 add(period, 0, f"{name.removeprefix('memories ')}: momentum", "inner gradients", "-<m, g>", "EMA", size)
             add(period, 1, name, values, loss, rule, size)

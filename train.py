@@ -45,7 +45,7 @@ class TrainConfig:
     """One training run. The model has a config of its own, `hope.HopeConfig`."""
 
     size: Literal["tiny"] = setting("tiny", "width and depth of the model")
-    arch: Literal["hope", "hope-attention", "transformer++"] = setting("hope", "architecture")
+    arch: Literal[tuple(HopeConfig.ARCHS)] = setting("hope", "architecture")
     data: str = setting("pydoc", "pydoc (the text that ships with Python), or the path of a text file in UTF-8")
     out: str = setting("", "run directory; default: runs/SIZE, with -ARCH appended for other architectures than hope")
     steps: int = setting(200, "optimizer steps")
@@ -189,7 +189,9 @@ def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, str]:
         model = dict(stored["model"])
         memory = dict(model.pop("memory"))
         memory["adaptive"] = tuple(memory["adaptive"])
-        model["cms"] = tuple(float(c) for c in model["cms"])
+        for name in ("cms", "cms_rate"):
+            model[name] = tuple(float(c) for c in model[name])
+        model["pattern"] = tuple(model["pattern"])
         config = HopeConfig(memory=MemoryConfig(**memory), **model)
         return TrainConfig(**stored["train"]), config, stored["data_sha256"]
     except FileNotFoundError as e:
@@ -504,7 +506,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def chunk_sizes(text: str) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(c) for c in text.split(",") if c)
 
 
@@ -527,9 +529,9 @@ def add_fields(parser: argparse.ArgumentParser, title: str, config: type, skip: 
         elif "Literal" in str(hint):
             options = get_args(hint)
             group.add_argument(flag, type=type(options[0]), choices=options, help=help)
-        elif f.name == "cms":
-            group.add_argument(flag, type=chunk_sizes, metavar="C,C,...", help=help)
-        elif f.name == "adaptive":
+        elif "tuple[float" in str(hint):
+            group.add_argument(flag, type=numbers, metavar="X,X,...", help=help)
+        elif "tuple[str" in str(hint):
             group.add_argument(flag, type=names, metavar="NAME,NAME,...", help=help)
         else:
             group.add_argument(flag, type=hint, metavar={int: "N", float: "X", str: "TEXT"}[hint], help=help)

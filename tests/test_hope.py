@@ -18,11 +18,13 @@ INF = hope.INF
 def configs(draw):
     """Small models of every kind: sizes, chunk sizes, CMS chunk sizes, reads, momentum."""
     segment = draw(st.integers(1, 5))
-    cms = draw(st.sampled_from([(INF,), (segment, INF), (segment, 2 * segment, INF), (3 * segment, segment)]))
+    wiring = draw(st.sampled_from(["sequential", "nested", "independent"]))
+    cms = [(INF,), (segment, INF), (segment, 2 * segment, INF), (segment, segment + 2), (2, 3, 6, INF)]
     heads = draw(st.integers(1, 2))
     return small_config(
-        draw(st.sampled_from(["hope", "hope", "hope-attention"])),
-        d_model=heads * draw(st.sampled_from([2, 4])), n_head=heads, n_layer=draw(st.integers(1, 2)), cms=cms,
+        draw(st.sampled_from(["hope", "hope", "hope-attention", "titans", "gated-deltanet"])), wiring=wiring,
+        pattern=draw(st.sampled_from([("memory",), ("memory", "attention")])), window=draw(st.sampled_from([0, 3])),
+        d_model=heads * draw(st.sampled_from([2, 4])), n_head=heads, n_layer=draw(st.integers(1, 2)), cms=draw(st.sampled_from(cms)),
         chunk=draw(st.integers(1, 5)), chunk_proj=draw(st.integers(1, 5)), conv=draw(st.sampled_from([0, 3])),
         momentum=draw(st.booleans()), read=draw(st.sampled_from(["token", "chunk"])), mlp=draw(st.sampled_from(["silu", "swiglu"])),
     )  # fmt: skip
@@ -106,8 +108,8 @@ def test_sequences_of_a_batch_share_nothing(config, t):
 @cases
 @given(config=configs(), cuts=st.lists(st.integers(1, 14), max_size=2))
 def test_gradients_reach_every_start_state_and_pass_through_every_write(config, cuts):
-    # Read "chunk" sees finished chunks only, so there the open chunk's writes reach nothing yet.
-    model, x = random_model(replace(config, memory=replace(config.memory, read="token"))), tokens(1, 15)
+    # Read "chunk" sees finished chunks only, and a window ends, so there some writes reach nothing yet or any more.
+    model, x = random_model(replace(config, memory=replace(config.memory, read="token", window=0))), tokens(1, 15)
     seen = {}
 
     def keep(module, args, out):
@@ -168,7 +170,7 @@ def test_full_inner_gradients_equal_finite_differences_and_first_order_ones_do_n
 
 def test_cms_writes_are_equation_71_replayed_by_hand():
     """Two levels: each moves only at multiples of its C, by the sum of its chunk's gradients over C."""
-    config = small_config(n_layer=1, cms=(3, 6, INF), cms_rate=0.7)
+    config = small_config(n_layer=1, cms=(3, 6, INF), cms_rate=(0.7,))
     model, x, y = random_model(config), tokens(1, 15), tokens(1, 15, seed=1)
     losses, end = model.observe(x, y, reduction="none")
     levels = model.blocks[0].cms.levels
@@ -201,8 +203,9 @@ def test_cms_writes_are_equation_71_replayed_by_hand():
 def test_inner_step_sizes_learn():
     model, x, y = random_model(small_config()), tokens(2, 12), tokens(2, 12, seed=1)
     model.observe(x, y, backward=True)
-    for raw in model.blocks[0].cms.raw_rate[:1]:
-        assert raw.grad.abs() > 0
+    assert model.blocks[0].cms.raw_rates.grad[0].abs() > 0
+    fixed = random_model(small_config(learn_rates=False, cms_rate=(0.5, 0.25)))
+    assert fixed.blocks[0].cms.raw_rates is None and [float(r) for r in fixed.blocks[0].cms.rates()] == [0.5, 0.25]
 
 
 def test_forward_after_observe_keeps_the_open_segment():
@@ -295,7 +298,10 @@ def test_misuse_is_refused_with_the_fix():
     with pytest.raises(ValueError, match="top_k >= 1"):
         model.generate(tokens(1, 2), 3, top_k=0)
     for fields, message in (
-        (dict(cms=(4, 6)), "multiples of the smallest, 4"),
+        (dict(cms=(4, 2.5)), "whole numbers from 1, or inf"),
+        (dict(cms_rate=(1.0, 1.0, 1.0)), "one for each of 2 in-context levels"),
+        (dict(cms=(12, 6), wiring="nested"), "nested levels go from fast to slow"),
+        (dict(pattern=("memory", "conv")), "one or more of: memory, attention"),
         (dict(cms=()), "cms is empty"),
         (dict(n_layer=0), "n_layer is 0"),
         (dict(nothing=1), "unknown setting"),

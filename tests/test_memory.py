@@ -33,15 +33,19 @@ def specification(memory, x):
         static = lambda to: x if to is None else (x @ to.weight.T)[:, cut]
         unit = lambda z: z / z.norm() if c.qk_norm else z
         now = {b: [memory.start[f"proj_{l}"][h, i] for l in depth] for i, b in enumerate(memory.adaptive)}
-        scale = {b: memory.start["proj_scale"][h, i] for i, b in enumerate(memory.adaptive)} if c.self_values and now else {}
+        rescaled = c.self_values and c.value_norm
+        scale = {b: memory.start["proj_scale"][h, i] for i, b in enumerate(memory.adaptive)} if rescaled else {}
         now["main"] = [memory.start[f"main_{l}"][h, 0] for l in depth]
-        if c.self_values:
+        if rescaled:
             scale["main"] = memory.start["main_scale"][h, 0]
         momentum = {b: [torch.zeros_like(w) for w in ws] for b, ws in now.items()}
         anchor = dict(now)
 
         def run(ws, z):
-            return ws[0] @ z if c.depth == 1 else z + ws[1] @ F.silu(ws[0] @ z)
+            if c.depth == 1:
+                return ws[0] @ z
+            y = ws[1] @ F.silu(ws[0] @ z)
+            return z + (F.layer_norm(y, y.shape) if c.memory_norm else y)
 
         for t in range(len(x)):
             for b in now:
@@ -59,14 +63,16 @@ def specification(memory, x):
                     return (read[name] * g.read[h, 0]).sum() + g.bias[h, 0]
                 return x[t] @ g.weight[h] + g.bias[h]
 
-            eta = F.softplus(gate("eta")) if c.step == "exact" else torch.ones(()).double()
-            alpha = torch.sigmoid(gate("alpha")) if c.decay else 1.0
+            eta = torch.ones(()).double() if c.step == "one" else F.softplus(gate("eta"))
+            alpha = {"gate": lambda: torch.sigmoid(gate("alpha")), "fixed": lambda: 1 - 2.0 ** (-5 - h), "none": lambda: 1.0}
+            alpha = alpha[c.decay]()
             theta = torch.sigmoid(gate("theta")) if c.momentum else None
             before = now["main"]
             for b in list(now):
                 target = v
                 if c.self_values:
-                    target = (scale[b] * F.normalize(run(anchor[b], v), dim=0)).squeeze()
+                    target = run(anchor[b], v)
+                    target = (scale[b] * F.normalize(target, dim=0)).squeeze() if rescaled else target
                 start = [w.detach().requires_grad_() for w in anchor[b]]
                 out = run(start, k)
                 loss = 0.5 * (out - target.detach()).square().sum() if c.objective == "l2" else -(out @ target.detach())
@@ -75,7 +81,7 @@ def specification(memory, x):
                 new = []
                 for l in depth:
                     w, z = now[b][l], layer_inputs[l]
-                    step = eta / (1 + eta * z @ z) if c.step == "exact" else eta
+                    step = {"exact": eta / (1 + eta * z @ z), "mean": eta / c.chunk, "one": eta}[c.step]
                     write = -step * grads[l]
                     if c.momentum:
                         momentum[b][l] = theta * momentum[b][l] + (1 - theta) * write
@@ -115,10 +121,13 @@ def test_memory_equals_its_specification(fields, t):
         torch.testing.assert_close(y[b], specification(memory, x[b]), rtol=1e-8, atol=1e-9)
 
 
-def test_no_decay_and_unit_steps_equal_the_specification():
-    for decay, step in itertools.product([False, True], ["exact", "one"]):
-        adaptive = ("k", "v") + (("alpha",) if decay else ()) + (("eta",) if step == "exact" else ())
-        memory = random_memory(decay=decay, step=step, adaptive=adaptive)
+def test_kinds_of_decay_step_and_norm_equal_the_specification():
+    kinds = (["gate", "fixed", "none"], ["exact", "mean", "one"], [False, True], [1, 3])
+    for decay, step, flag, expand in itertools.product(*kinds):
+        adaptive = ("k", "v") + (("alpha",) if decay == "gate" else ()) + (() if step == "one" else ("eta",))
+        memory = random_memory(
+            decay=decay, step=step, adaptive=adaptive, memory_norm=flag, value_norm=not flag, expand=expand
+        )
         x = torch.randn(1, 5, 6, dtype=torch.float64)
         torch.testing.assert_close(memory(x)[0][0], specification(memory, x[0]), rtol=1e-8, atol=1e-9)
 
@@ -152,13 +161,78 @@ def test_the_papers_literal_form():
         M = new  # eq. 88
 
 
+LINEAR = ("linear-attention", "retnet", "deltanet", "gated-deltanet")
+
+
+def literature(name, memory, x, chunk):
+    """Each preset's own recurrence, from its own paper, one head and one token at a time. x: (t, d) -> reads (t, d)."""
+    c, e = memory.config, memory.config.d_head
+    heads = []
+    for h in range(c.n_head):
+        cut = slice(h * e, (h + 1) * e)
+        q, k, v = ((x @ getattr(memory, f"to_{b}").weight.T)[:, cut] for b in "qkv")
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        gate = lambda g: x @ memory.gates[g].weight[h] + memory.gates[g].bias[h]
+        reads = []
+        if name == "linear-attention":  # Katharopoulos et al. 2020, without the normaliser: sum_s (q_t . k_s) v_s
+            reads = [(q[t] @ k[: t + 1].T) @ v[: t + 1] for t in range(len(x))]
+        elif name == "retnet":  # Sun et al. 2023, parallel form: (Q K^T * D) V, D_ts = gamma^(t-s), rotated q and k
+            q, k = hope.rotate(q[None, None], 0)[0, 0], hope.rotate(k[None, None], 0)[0, 0]
+            gamma = 1 - 2.0 ** (-5 - h)
+            reads = [sum(gamma ** (t - s) * (q[t] @ k[s]) * v[s] for s in range(t + 1)) for t in range(len(x))]
+        elif name in ("deltanet", "gated-deltanet"):
+            # Yang et al. 2024: S = alpha S (I - beta k k^T) + beta v k^T. Ours leaves alpha off the write's beta:
+            # the same with beta / alpha for beta and alpha v for v.
+            S, eta = torch.zeros(e, e, dtype=x.dtype), F.softplus(gate("eta"))
+            alpha = torch.sigmoid(gate("alpha")) if name == "gated-deltanet" else torch.ones(len(x), dtype=x.dtype)
+            for t in range(len(x)):
+                beta = eta[t] / (1 + eta[t]) / alpha[t]
+                S = alpha[t] * S @ (torch.eye(e) - beta * torch.outer(k[t], k[t])) + beta * torch.outer(alpha[t] * v[t], k[t])
+                reads.append(S @ q[t])
+        else:  # an MLP memory f(W; x) = x + LN(W1 silu(W2 x)), gradients at the chunk's start
+            now = [memory.start["main_0"][h, 0], memory.start["main_1"][h, 0]]
+            f = lambda W, z: z + F.layer_norm(W[1] @ F.silu(W[0] @ z), (e,))
+            S = [torch.zeros_like(w) for w in now]
+            rate = F.softplus(gate("eta")) / chunk
+            for t in range(len(x)):
+                if t % chunk == 0:
+                    W0 = [w.detach().requires_grad_() for w in now]
+                before = now
+                out = f(W0, k[t])
+                loss = -(out @ v[t]) if name == "dla" else 0.5 * (out - v[t]).square().sum()
+                grads = torch.autograd.grad(loss, W0)
+                if name == "ttt":  # Sun et al. 2024, mini-batch gradient descent, read after the step
+                    now = [w - rate[t] * g for w, g in zip(now, grads)]
+                    before = now
+                elif name == "titans":  # Behrouz et al. 2025: momentum on the surprise, weight decay
+                    theta, alpha = torch.sigmoid(gate("theta")[t]), torch.sigmoid(gate("alpha")[t])
+                    S = [theta * s - (1 - theta) * rate[t] * g for s, g in zip(S, grads)]
+                    now = [alpha * w + s for w, s in zip(now, S)]
+                else:  # deep linear attention: dot-product objective, weight decay
+                    now = [torch.sigmoid(gate("alpha")[t]) * w - rate[t] * g for w, g in zip(now, grads)]
+                reads.append(f(before, q[t]))
+        heads.append(torch.stack(reads))
+    return torch.cat(heads, -1)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize("name", [*LINEAR, "ttt", "titans", "dla"])
+def test_presets_equal_the_recurrences_of_their_papers(name, chunk):
+    torch.manual_seed(0)
+    config = hope.MemoryConfig.preset(name, d_model=8, n_head=2, conv=0, chunk=chunk, chunk_proj=chunk)
+    memory = hope.Memory(config).double()
+    memory.to_y = None  # compare the reads, before they are projected out
+    x = torch.randn(1, 11, 8, dtype=torch.float64)
+    torch.testing.assert_close(memory(x)[0][0], literature(name, memory, x[0], chunk), rtol=1e-9, atol=1e-9)
+
+
 def test_linear_presets_do_not_depend_on_the_chunk():
-    x = torch.randn(2, 13, 6, dtype=torch.float64)
-    for name in ("linear-attention", "deltanet"):
+    x = torch.randn(2, 13, 8, dtype=torch.float64)
+    for name in LINEAR:
         ys = []
         for chunk in (1, 4, 13):
             torch.manual_seed(1)
-            config = hope.MemoryConfig.preset(name, d_model=6, n_head=2, chunk=chunk, chunk_proj=7)
+            config = hope.MemoryConfig.preset(name, d_model=8, n_head=2, chunk=chunk, chunk_proj=7)
             ys.append(hope.Memory(config).double()(x)[0])
         torch.testing.assert_close(ys[1], ys[0], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(ys[2], ys[0], rtol=1e-9, atol=1e-9)
@@ -173,8 +247,8 @@ def test_attention_is_kernel_regression_over_its_window(window):
     memory.to_y = None  # the read itself
     x = torch.randn(1, 7, 4, dtype=torch.float64)
     unit = lambda z: F.normalize(z, dim=-1)
-    q = memory._rotate(unit(memory.to_q(x)) * memory.scale[0], 0)[0]
-    k, v = memory._rotate(unit(memory.to_k(x)), 0)[0], memory.to_v(x)[0]
+    q = hope.rotate(unit(memory.to_q(x)) * memory.scale[0], 0)[0]
+    k, v = hope.rotate(unit(memory.to_k(x)), 0)[0], memory.to_v(x)[0]
     for t, y in enumerate(memory(x)[0][0]):
         first = max(0, t + 1 - window) if window else 0
         s = torch.exp(k[first : t + 1] @ q[t])
@@ -187,7 +261,7 @@ def test_bad_configurations_say_what_is_allowed():
         (dict(d_model=10, n_head=4), "not a multiple of n_head 4"),
         (dict(adaptive=("k", "w")), "allowed: k, v, q, eta, alpha"),
         (dict(chunk=0), "chunk is 0; it must be at least 1"),
-        (dict(decay=False), "adaptive names alpha"),
+        (dict(decay="none"), "adaptive names alpha"),
         (dict(project=False), "set n_head=1"),
         (dict(conv=-1), "neither can be negative"),
     ):
