@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import chunk_gates, dgd_chunk
 
@@ -89,6 +90,9 @@ class MemoryConfig:
     expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width")
     rotary: bool = setting(False, "rotary positions on keys and queries")
     project: bool = setting(True, "static projections into and out of the heads; off is the paper's literal form, one head")
+    remat: int = setting(
+        16, "chunks between two states that are kept for the backward pass, which recomputes those between; 0 keeps all"
+    )
     window: int = setting(0, "softmax attention only: how many tokens back it sees; 0 for all")
 
     LINEAR = dict(depth=1, objective="dot", momentum=False, decay="none", adaptive=(), self_values=False, read="after")
@@ -153,7 +157,9 @@ class HopeConfig:
     cms: tuple[float, ...] = setting(
         (64, 256, INF), "chunk size of each MLP of the continuum memory system; inf moves with the outer optimizer only"
     )
-    cms_hidden: float = setting(2.0, "hidden width of each of these MLPs, as a multiple of d_model")
+    cms_hidden: float = setting(
+        2.0, "hidden width of each of these MLPs, as a multiple of d_model; presets fit it to the size's parameter budget"
+    )
     cms_rate: tuple[float, ...] = setting(
         (1.0,), "inner step size per mean gradient of a chunk, one for all in-context levels or one each; 0 for no writes"
     )
@@ -167,9 +173,16 @@ class HopeConfig:
         "first-order", "whether the outer gradient sees through the inner one (full costs a second derivative)"
     )
 
-    # Width, heads and depth by size; what is left of the parameter budget goes to the MLPs.
-    SIZES = {"tiny": dict(d_model=128, n_head=4, n_layer=2)}
-    TRANSFORMER = dict(cms=(INF,), mlp="swiglu", cms_hidden=4.5)
+    # Width, heads, depth, and what a block weighs in units of d_model^2: what its memory leaves goes to the MLPs.
+    SIZES = {
+        "tiny": dict(d_model=128, n_head=4, n_layer=2, weight=17.6),
+        "60m": dict(d_model=512, n_head=8, n_layer=8, weight=12.97, vocab_size=32000),
+        "170m": dict(d_model=768, n_head=12, n_layer=16, weight=12.8, vocab_size=32000),
+        "340m": dict(d_model=1024, n_head=16, n_layer=24, weight=10.9, vocab_size=32000),
+        "760m": dict(d_model=1536, n_head=24, n_layer=24, weight=11.7, vocab_size=32000),
+        "1.3b": dict(d_model=2048, n_head=32, n_layer=24, weight=11.6, vocab_size=32000),
+    }  # fmt: skip
+    TRANSFORMER = dict(cms=(INF,), mlp="swiglu")
     ARCHS = {
         "hope": dict(memory="hope"),
         "hope-attention": dict(memory="attention"),
@@ -192,13 +205,19 @@ class HopeConfig:
         if arch not in cls.ARCHS:
             raise unknown_preset("architecture", arch, cls.ARCHS)
         settings = {**cls.SIZES[size], **cls.ARCHS[arch], **overrides}
-        memory = settings.pop("memory")
+        memory, weight = settings.pop("memory"), settings.pop("weight")
         inner = {f.name: settings.pop(f.name) for f in fields(MemoryConfig) if f.name in settings}
         if unknown := set(settings) - {f.name for f in fields(cls)}:
             raise ValueError(f"unknown setting {sorted(unknown)}; see HopeConfig and MemoryConfig for the names")
-        if not isinstance(memory, str):
-            return cls(memory=replace(memory, **inner), **settings)
-        return cls(memory=MemoryConfig.preset(memory, **inner), **settings)
+        config = cls(memory=MemoryConfig.preset(memory, **inner), **settings)
+        if "cms_hidden" in settings:
+            return config
+        with torch.device("meta"):
+            used = sum(p.numel() for p in Memory(config.memory).parameters())
+        matrices = len(config.cms) * (3 if config.mlp == "swiglu" else 2)
+        d = config.memory.d_model
+        hidden, unit = (weight * d * d - used) / (matrices * d), 8 if d < 512 else 32
+        return replace(config, cms_hidden=max(1, round(hidden / unit)) * unit / d)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -273,8 +292,9 @@ class MemoryState:
 class AttentionState:
     t: int
     tail: Tensor | None
-    k: Tensor  # (b, h, t, e)
+    k: Tensor  # (b, h, s, e), those that are still seen
     v: Tensor
+    first: Tensor  # (b,) index of a sequence's first key; those before it were forgotten by a reset
 
 
 @dataclass
@@ -304,6 +324,21 @@ class HopeState:
     def detach(self) -> HopeState:
         """The same state cut off from the graph that made it."""
         return map_state(Tensor.detach, self)
+
+    def select(self, rows: Sequence[int] | Tensor) -> HopeState:
+        """The state of these sequences of the batch, in this order; a row may be taken more than once, to branch."""
+        return map_state(lambda z: z[rows], self)
+
+    def save(self, path: Any) -> None:
+        """Write the state to a file."""
+        torch.save(map_state(lambda z: z.detach().cpu().clone(), self), path)
+
+    @staticmethod
+    def load(path: Any) -> HopeState:
+        """A state that `save` wrote. Only tensors and the classes of states are read, no other code can run."""
+        classes = [HopeState, MemoryState, AttentionState, Weights, FastMLP, Segment]
+        with torch.serialization.safe_globals(classes):
+            return torch.load(path, weights_only=True)
 
 
 @dataclass
@@ -464,20 +499,34 @@ class Memory(nn.Module):
             if name not in self.adaptive:
                 streams[name] = gate(x)
         groups = {name: group for name in ("proj", "main") if (group := getattr(state, name)) is not None}
-        ys, s, t = [], 0, state.t
+        ys, s = [], 0
         with torch.autocast(x.device.type, enabled=False):
             streams = {name: z if z.dtype == torch.float64 else z.float() for name, z in streams.items()}
             while s < x.shape[1]:
-                if t % c.chunk_proj == 0 and "proj" in groups:
-                    groups["proj"] = replace(groups["proj"], anchor=groups["proj"].now)
-                if t % c.chunk == 0:
-                    groups["main"] = replace(groups["main"], anchor=groups["main"].now)
-                n = min(x.shape[1] - s, c.chunk - t % c.chunk, c.chunk_proj - t % c.chunk_proj)
-                y, groups = self._write_and_read({name: z[:, :, s : s + n] for name, z in streams.items()}, groups)
+                n = c.remat * c.chunk or x.shape[1]
+                span = {name: z[:, :, s : s + n] for name, z in streams.items()}
+                if n < x.shape[1] and torch.is_grad_enabled():
+                    y, groups = checkpoint(self._span, span, groups, state.t + s, use_reentrant=False)
+                else:
+                    y, groups = self._span(span, groups, state.t + s)
                 ys.append(y)
-                s, t = s + n, t + n
+                s += n
         y = self._out(torch.cat(ys, 2)) if ys else torch.zeros_like(x)
-        return y, MemoryState(t, tail, groups.get("proj"), groups["main"])
+        return y, MemoryState(state.t + x.shape[1], tail, groups.get("proj"), groups["main"])
+
+    def _span(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
+        """Any number of tokens from time t on: streams (b, h, s, e), gates (b, h, s) -> y (b, h, s, e), new groups."""
+        c, ys, s, total = self.config, [], 0, streams["q" if "q" in streams else "u"].shape[2]
+        while s < total:
+            if t % c.chunk_proj == 0 and "proj" in groups:
+                groups = {**groups, "proj": replace(groups["proj"], anchor=groups["proj"].now)}
+            if t % c.chunk == 0:
+                groups = {**groups, "main": replace(groups["main"], anchor=groups["main"].now)}
+            n = min(total - s, c.chunk - t % c.chunk, c.chunk_proj - t % c.chunk_proj)
+            y, groups = self._write_and_read({name: z[:, :, s : s + n] for name, z in streams.items()}, groups)
+            ys.append(y)
+            s, t = s + n, t + n
+        return torch.cat(ys, 2), groups
 
     def _write_and_read(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
         """Tokens that lie within one chunk: streams (b, h, c, e), gates (b, h, c) -> y (b, h, c, e), new groups."""
@@ -563,7 +612,7 @@ class Attention(Memory):
 
     def init_state(self, b: int) -> AttentionState:
         empty = self.to_k.weight.new_zeros(b, self.config.n_head, 0, self.config.d_head)
-        return AttentionState(0, self._empty_tail(b), empty, empty)
+        return AttentionState(0, self._empty_tail(b), empty, empty, empty.new_zeros(b, dtype=torch.long))
 
     def forward(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
         """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
@@ -577,14 +626,18 @@ class Attention(Memory):
         if c.rotary:
             q, k = rotate(q, state.t), rotate(k, state.t)
         k, v = torch.cat([state.k.to(k.dtype), k], 2), torch.cat([state.v.to(v.dtype), v], 2)
-        age = torch.arange(q.shape[2], device=x.device)[:, None] + (k.shape[2] - q.shape[2])
-        age = age - torch.arange(k.shape[2], device=x.device)
-        seen = (age >= 0) & (age < c.window) if c.window else age >= 0
+        key = torch.arange(k.shape[2], device=x.device)
+        now = key[k.shape[2] - q.shape[2] :, None]
+        seen = (key <= now) & (key > now - c.window) if c.window else key <= now
         plain = q.shape[2] == k.shape[2] and not c.window
+        if state.first.any():
+            plain, seen = False, seen & (key >= state.first[:, None, None, None])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else seen, is_causal=plain, scale=1.0)
+        first = state.first
         if c.window:
+            first = (first - max(0, k.shape[2] - c.window)).clamp(min=0)
             k, v = k[:, :, -c.window :], v[:, :, -c.window :]
-        return self._out(y), AttentionState(state.t + x.shape[1], tail, k, v)
+        return self._out(y), AttentionState(state.t + x.shape[1], tail, k, v, first)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -648,17 +701,17 @@ class CMS(nn.Module):
             return [torch.tensor(rate) for rate in start]
         return [2 * rate * torch.sigmoid(raw) for rate, raw in zip(start, self.raw_rates)]
 
-    def _slower(self) -> list[float | None]:
-        """For every level the chunk size at whose end it restarts: nested wiring, the next slower in-context level."""
+    def _slower(self) -> list[int | None]:
+        """For every level the one at whose chunk's end it restarts: in nested wiring, the next slower in-context level."""
         if self.wiring != "nested":
             return [None] * len(self.chunks)
-        return [next((c for c, f in zip(self.chunks[i + 1 :], self.fast[i + 1 :]) if f), None) for i in range(len(self.chunks))]
+        return [next((j for j in range(i + 1, len(self.fast)) if self.fast[j]), None) for i in range(len(self.fast))]
 
     def init_state(self, b: int) -> list[FastMLP | None]:
         state: list[FastMLP | None] = []
         for level, fast, slower in zip(self.levels, self.fast, self._slower()):
             zeros = [w.new_zeros(b, *w.shape) for w in (level.w_in.weight, level.w_out.weight)]
-            state.append(FastMLP(zeros, zeros, *([zeros, zeros] if slower else [])) if fast else None)
+            state.append(FastMLP(zeros, zeros, *([zeros, zeros] if slower is not None else [])) if fast else None)
         return state
 
     def forward(self, x: Tensor, state: Sequence[FastMLP | None]) -> Tensor:
@@ -671,21 +724,22 @@ class CMS(nn.Module):
 
     def write(self, state: list[FastMLP | None], grads: list[list[Tensor] | None], t: int) -> list[FastMLP | None]:
         """Add a segment's gradients; levels whose chunk ends at time t take their step (eq. 71)."""
-        rates = iter(self.rates())
+        learnt = iter(self.rates())
+        rates = [next(learnt) if fast else None for fast in self.fast]
+        add = lambda totals, grad: [a + g for a, g in zip(totals, grad)]
+        step = lambda weights, totals, i: [w - rates[i] / self.chunks[i] * a for w, a in zip(weights, totals)]
         new: list[FastMLP | None] = []
-        for fast, grad, chunk, slower in zip(state, grads, self.chunks, self._slower()):
+        for i, (fast, grad, slower) in enumerate(zip(state, grads, self._slower())):
             if fast is None:
                 new.append(None)
                 continue
-            rate, summed = next(rates), lambda totals: [a + g for a, g in zip(totals, grad)]
-            step = lambda weights, totals, c: [w - rate / c * a for w, a in zip(weights, totals)]
             zeros = [torch.zeros_like(g) for g in grad]
-            fast = replace(fast, total=summed(fast.total))
-            if t % chunk == 0:
-                fast = replace(fast, delta=step(fast.delta, fast.total, chunk), total=zeros)
-            if slower:
-                fast = replace(fast, start_total=summed(fast.start_total))
-                if t % slower == 0:
+            fast = replace(fast, total=add(fast.total, grad))
+            if t % self.chunks[i] == 0:
+                fast = replace(fast, delta=step(fast.delta, fast.total, i), total=zeros)
+            if slower is not None:
+                fast = replace(fast, start_total=add(fast.start_total, grad))
+                if t % self.chunks[slower] == 0:
                     start = step(fast.start, fast.start_total, slower)
                     fast = FastMLP(start, zeros, start, zeros)
             new.append(fast)
@@ -732,6 +786,35 @@ class Hope(nn.Module):
             [block.memory.init_state(b) for block in self.blocks], [block.cms.init_state(b) for block in self.blocks]
         )
 
+    def reset(self, state: HopeState, rows: Sequence[int]) -> HopeState:
+        """The state with these sequences back before their first token; the others are left as they are.
+
+        Chunks go on by the batch's common clock. Raises ValueError inside a CMS segment or with a pending token, where
+        a sequence cannot be reset without touching the others.
+        """
+        if state.segment is not None or state.pending is not None:
+            clock = min(self.config.clocks, default=1)
+            raise ValueError(
+                f"reset after {state.observed} observed tokens, inside a CMS chunk or with a token pending; "
+                f"give targets to observe and reset at a multiple of {clock} tokens"
+            )
+        fresh, rows = self.init_state(1), torch.as_tensor(rows)
+
+        def merge(old: Any, new: Any) -> Any:
+            if isinstance(old, AttentionState):
+                first = old.first.clone()
+                first[rows] = old.k.shape[2]
+                return replace(old, tail=merge(old.tail, new.tail), first=first)
+            if isinstance(old, Tensor):
+                old = old.clone()
+                old[rows] = new.to(old.dtype)
+                return old
+            if is_dataclass(old):
+                return replace(old, **{f.name: merge(getattr(old, f.name), getattr(new, f.name)) for f in fields(old)})
+            return [merge(a, b) for a, b in zip(old, new)] if isinstance(old, list) else old
+
+        return replace(state, memories=merge(state.memories, fresh.memories), cms=merge(state.cms, fresh.cms))
+
     def _run(self, tokens: Tensor, memories: list, cms: list) -> tuple[Tensor, list]:
         x, new = self.embed(tokens), []
         for block, memory, fast in zip(self.blocks, memories, cms):
@@ -771,6 +854,8 @@ class Hope(nn.Module):
         state: HopeState | None = None,
         backward: bool = False,
         reduction: Literal["mean", "none"] = "mean",
+        levels: Sequence[int] | None = None,
+        surprise: float = 0.0,
     ) -> tuple[Tensor, HopeState]:
         """Read a stream and learn from it: memories are written, and so is the CMS, by its own prediction errors.
 
@@ -784,10 +869,15 @@ class Hope(nn.Module):
                 predicts itself: the last token waits in the state for the first of the next call.
             backward: also accumulate parameter gradients of the mean loss; the state returned is then detached.
             reduction: "mean" nats per scored token, or "none" for all (b, t).
+            levels: which in-context levels of the CMS learn, by their place in `config.cms`; all if left out.
+            surprise: only segments whose mean loss exceeds this many nats per token teach, for each sequence by itself.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is {reduction!r}; allowed: mean, none")
         state = self._check(tokens, state)
+        able = [i for i, rate in enumerate(self.config.rates) if rate > 0]
+        if unable := set(levels or ()) - set(able):
+            raise ValueError(f"levels {sorted(unable)} of the CMS do not learn in context; those that do: {able}")
         if targets is None:
             if state.pending is not None:
                 tokens = torch.cat([state.pending, tokens], 1)
@@ -798,7 +888,7 @@ class Hope(nn.Module):
         losses, s = [], 0
         while s < tokens.shape[1]:
             n = min([tokens.shape[1] - s, *(c - state.observed % c for c in self.config.clocks)])
-            loss, state = self._observe_piece(tokens[:, s : s + n], targets[:, s : s + n], state)
+            loss, state = self._observe_piece(tokens[:, s : s + n], targets[:, s : s + n], state, levels, surprise)
             losses.append(loss)
             s += n
         loss = torch.cat(losses, 1) if losses else tokens.new_zeros(tokens.shape, dtype=self.head.weight.dtype)
@@ -809,7 +899,9 @@ class Hope(nn.Module):
             loss, state = loss.detach(), state.detach()
         return loss, state
 
-    def _observe_piece(self, tokens: Tensor, targets: Tensor, state: HopeState) -> tuple[Tensor, HopeState]:
+    def _observe_piece(
+        self, tokens: Tensor, targets: Tensor, state: HopeState, levels: Sequence[int] | None, surprise: float
+    ) -> tuple[Tensor, HopeState]:
         """Tokens that lie within one segment."""
         observed, clocks = state.observed + tokens.shape[1], self.config.clocks
         open = state.segment or Segment(tokens[:, :0], targets[:, :0], state.memories)
@@ -818,11 +910,12 @@ class Hope(nn.Module):
             open = Segment(torch.cat([open.tokens, tokens], 1), torch.cat([open.targets, targets], 1), open.memories)
             state = replace(state, memories=memories, observed=observed, segment=open if clocks else None)
             return token_loss(logits, targets), state
-        loss, memories, cms = self._segment(open, tokens, targets, state.cms, observed)
+        loss, memories, cms = self._segment(open, tokens, targets, state.cms, observed, levels, surprise)
         return loss, replace(state, memories=memories, cms=cms, observed=observed, segment=None)
 
     def _segment(
-        self, open: Segment, tokens: Tensor, targets: Tensor, cms: list, t: int
+        self, open: Segment, tokens: Tensor, targets: Tensor, cms: list, t: int,
+        levels: Sequence[int] | None = None, surprise: float = 0.0,
     ) -> tuple[Tensor, list, list[list[FastMLP | None]]]:
         """Run an open segment's tokens and those that follow, and write the CMS at time t.
 
@@ -834,13 +927,19 @@ class Hope(nn.Module):
             leaf = lambda d: d.view_as(d) if d.requires_grad else d.detach().requires_grad_()
             fresh = [[f and replace(f, delta=[leaf(d) for d in f.delta]) for f in layer] for layer in cms]
             logits, memories = self._run(torch.cat([open.tokens, tokens], 1), open.memories, fresh)
-            loss = token_loss(logits, torch.cat([open.targets, targets], 1))
+            targets = torch.cat([open.targets, targets], 1)
+            loss = token_loss(logits, targets)
             deltas = [d for layer in fresh for f in layer if f for d in f.delta]
-            grads = iter(torch.autograd.grad(loss.sum(), deltas, retain_graph=graph, create_graph=full))
+            teaches = loss.detach().sum(1) > surprise * (targets != -100).sum(1)
+            taught = (loss * teaches[:, None]).sum()
+            grads = iter(torch.autograd.grad(taught, deltas, retain_graph=graph, create_graph=full))
         loss = loss[:, open.tokens.shape[1] :]
         new = []
         for block, layer in zip(self.blocks, fresh):
-            new.append(block.cms.write(layer, [f and [next(grads) for _ in f.delta] for f in layer], t))
+            found = [f and [next(grads) for _ in f.delta] for f in layer]
+            if levels is not None:
+                found = [f and [g * (i in levels) for g in f] for i, f in enumerate(found)]
+            new.append(block.cms.write(layer, found, t))
         if not graph:
             loss, memories, new = (map_state(Tensor.detach, z) for z in (loss, memories, new))
         return loss, memories, new
@@ -848,31 +947,62 @@ class Hope(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Sequence[Sequence[int]],
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         state: HopeState | None = None,
+        stop: Sequence[int] = (),
+        memorize: bool | Sequence[int] = True,
+        surprise: float = 0.0,
     ) -> Tensor:
-        """Continue `tokens` (b, t) by `max_new_tokens` sampled ones; returns the new tokens (b, max_new_tokens).
+        """Continue prompts by sampled tokens.
 
-        The prompt is observed, so the CMS learns from it; what the model says itself is only read. Temperature 0 picks
-        the likeliest token; `top_k` keeps that many, `top_p` the smallest set with that much probability.
+        The prompt is observed, so the CMS learns from it; what the model says itself is only read.
+
+        Args:
+            tokens: (b, t) prompts, or a list of prompts of different lengths.
+            temperature: 0 picks the likeliest token.
+            top_k, top_p: sample among that many of the likeliest tokens, or the fewest with that much probability.
+            state: continue from here; the prompts must then be of one length.
+            stop: tokens after which a sequence is finished.
+            memorize: whether the CMS learns from the prompt, or which of its levels do; see `observe`, also for surprise.
+
+        Returns:
+            (b, max_new_tokens) new tokens; a finished sequence is filled up with its stop token.
         """
         if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise ValueError(
                 f"temperature {temperature}, top_k {top_k}, top_p {top_p}; "
                 "allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1"
             )
+        device = self.embed.weight.device
+        if not isinstance(tokens, Tensor):
+            # Prompts of one length run together; others cannot join, since their chunks would end at other times.
+            rows: dict[int, list[int]] = {}
+            for i, prompt in enumerate(tokens):
+                rows.setdefault(len(prompt), []).append(i)
+            if state is not None and len(rows) > 1:
+                raise ValueError(f"a state continues prompts of one length, not of {sorted(rows)}; generate for each by itself")
+            new = torch.empty(len(tokens), max_new_tokens, dtype=torch.long, device=device)
+            for group in rows.values():
+                batch = torch.stack([torch.as_tensor(tokens[i], dtype=torch.long, device=device) for i in group])
+                new[group] = self.generate(batch, max_new_tokens, temperature, top_k, top_p, state, stop, memorize, surprise)
+            return new
         if tokens.shape[1] == 0 and (state is None or state.pending is None):
             raise ValueError("the prompt is empty; give at least one token")
-        _, state = self.observe(tokens, state=state)
-        new = [state.pending]
+        levels = {True: None, False: []}[memorize] if isinstance(memorize, bool) else memorize
+        _, state = self.observe(tokens, state=state, levels=levels, surprise=surprise)
+        new, done = [state.pending], torch.zeros_like(state.pending, dtype=torch.bool)
         state = replace(state, pending=None, segment=None)  # nothing more is observed
         for _ in range(max_new_tokens):
             logits, state = self(new[-1], state)
-            new.append(sample(logits[:, -1], temperature, top_k, top_p))
+            new.append(torch.where(done, new[-1], sample(logits[:, -1], temperature, top_k, top_p)))
+            done |= torch.isin(new[-1], torch.tensor(list(stop), device=device, dtype=torch.long))
+            if done.all():
+                new += [new[-1]] * (max_new_tokens + 1 - len(new))
+                break
         return torch.cat(new[1:], 1)
 
 
@@ -933,6 +1063,9 @@ class Level:
 class Levels(list[Level]):
     """Levels from fastest to slowest; prints as a table."""
 
+    # Kinds of clock and their colours, the same throughout the book (book/style.mplstyle); the faster, the lighter.
+    CLOCKS = (("solved anew", "#9b3f86"), ("every token", "#e69f00"), ("every chunk", "#2a8f83"), ("outer step", "#1b3a6b"))
+
     def __str__(self) -> str:
         head = ("level", "component", "every", "context", "objective", "rule", "numbers")
         rows = [
@@ -941,6 +1074,24 @@ class Levels(list[Level]):
         widths = [max(map(len, column)) for column in zip(head, *rows)]
         line = lambda row: "  ".join(c.ljust(w) for c, w in zip(row[:-1], widths)) + "  " + row[-1].rjust(widths[-1])
         return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
+
+    def plot(self, step: int = 512, ax: Any = None) -> Any:
+        """Draw when each component moves, over two outer steps of `step` tokens; returns the matplotlib axes."""
+        import matplotlib.pyplot as plt
+
+        ax = ax or plt.subplots(figsize=(6.4, 0.8 + 0.31 * len(self)), layout="constrained")[1]
+        for row, level in enumerate(self):
+            period = max(1, int(step if level.period is None else level.period))
+            kind, color = self.CLOCKS[3 if level.period is None else min(2, math.ceil(level.period))]
+            label = None if kind in ax.get_legend_handles_labels()[1] else kind
+            moves = range(period, 2 * step + 1, period)
+            ax.vlines(moves, row - 0.38, row + 0.38, color=color, linewidth=2, label=label)
+        ax.set(xlabel="tokens", xlim=(0, 2 * step * 1.01), xticks=range(0, 2 * step + 1, max(1, step // 4)))
+        ax.set_yticks(range(len(self)), [f"{level.component}  {level.level}" for level in self])
+        ax.invert_yaxis()
+        ax.grid(False)
+        ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1.0), handlelength=0.8, frameon=False)
+        return ax
 
 
 # What a torch optimizer keeps for every parameter, as memories of the gradient: name of the buffer -> objective, rule.

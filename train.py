@@ -44,7 +44,7 @@ class UserError(Exception):
 class TrainConfig:
     """One training run. The model has a config of its own, `hope.HopeConfig`."""
 
-    size: Literal["tiny"] = setting("tiny", "width and depth of the model")
+    size: Literal[tuple(HopeConfig.SIZES)] = setting("tiny", "width and depth of the model")
     arch: Literal[tuple(HopeConfig.ARCHS)] = setting("hope", "architecture")
     data: str = setting("pydoc", "pydoc (the text that ships with Python), or the path of a text file in UTF-8")
     out: str = setting("", "run directory; default: runs/SIZE, with -ARCH appended for other architectures than hope")
@@ -443,7 +443,7 @@ class Progress:
     """A progress bar on a terminal; elsewhere a line at every validation."""
 
     def __call__(self, start: int, stop: int) -> Iterator[int]:
-        bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}] {postfix}"
+        bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=stop, initial=start, disable=None, bar_format=bar, leave=True)
         yield from range(start, stop)
 
@@ -539,7 +539,8 @@ def add_fields(parser: argparse.ArgumentParser, title: str, config: type, skip: 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="train.py", usage="python train.py [FLAG ...]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     act = parser.add_argument_group("instead of starting a run")
     act.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with the settings it was started with")
@@ -550,8 +551,8 @@ def make_parser() -> argparse.ArgumentParser:
     act.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens only")
     act.add_argument("--top-p", type=float, default=0.9, metavar="X", help="sample among the likeliest tokens that have X of the probability (default: 0.9)")  # fmt: skip
     add_fields(parser, "training", TrainConfig)
-    add_fields(parser, "model", HopeConfig, skip=("memory", "vocab_size"))
-    add_fields(parser, "memory (the sequence layer)", MemoryConfig)
+    add_fields(parser, "model (defaults are those of --arch hope)", HopeConfig, skip=("memory", "vocab_size"))
+    add_fields(parser, "memory, the sequence layer (defaults are those of --arch hope)", MemoryConfig)
     return parser
 
 
@@ -570,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
         model_settings = {**given(args, HopeConfig), **given(args, MemoryConfig)}
         if not args.resume:
             config = TrainConfig(**settings)
-            return train(config, HopeConfig.preset(config.size, config.arch, **model_settings))
+            return train(config, HopeConfig.preset(config.size, config.arch, vocab_size=256, **model_settings))
         config, model, _ = from_json(Path(args.resume) / "config.json")
         stored = {**asdict(config), **asdict(model), **asdict(model.memory)}
         for name, value in {**settings, **model_settings}.items():

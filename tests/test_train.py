@@ -125,7 +125,7 @@ def test_bad_commands_get_one_line_with_the_fix(capsys):
     Path("short.txt").write_text("too short " * 20)
     for args, message in (
         (["--chunks", "3"], "unknown flag --chunks; did you mean --chunk?"),
-        (["--size", "giant"], "invalid choice: 'giant' (choose from 'tiny')"),
+        (["--size", "giant"], "invalid choice: 'giant' (choose from 'tiny', '60m'"),
         (["--arch", "rnn"], "choose from 'hope', 'hope-attention', 'transformer++'"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--steps", "0"], "steps is 0; it must be at least 1"),

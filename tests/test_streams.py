@@ -1,0 +1,266 @@
+"""Long streams and what can be done with a state; precision, sizes, memory of the backward pass."""
+
+import math
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import random_model, small_config, tokens
+from test_hope import assert_states_equal, cut, flat
+
+import hope
+
+INF = hope.INF
+
+
+@pytest.fixture(params=["hope", "hope-attention"])
+def model(request):
+    return random_model(small_config(request.param))
+
+
+def test_a_state_survives_saving(model, tmp_path):
+    """Also inside a segment and with a token pending."""
+    x = tokens(2, 20)
+    whole, end = model.observe(x, reduction="none")
+    first, state = model.observe(x[:, :9], reduction="none")
+    state.save(tmp_path / "state")
+    second, loaded_end = model.observe(x[:, 9:], state=hope.HopeState.load(tmp_path / "state"), reduction="none")
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    assert_states_equal(loaded_end, end)
+
+
+def test_loading_a_state_runs_no_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return print, ("boom",)
+
+    torch.save(Bomb(), tmp_path / "state")
+    with pytest.raises(Exception, match="[Ww]eights.only|Unsupported"):
+        hope.HopeState.load(tmp_path / "state")
+
+
+def test_a_state_branches(model):
+    x, tails = tokens(1, 8), tokens(3, 7, seed=1)
+    _, state = model.observe(x, tokens(1, 8, seed=2))
+    branches, _ = model.observe(tails, tails, state.select([0, 0, 0]), reduction="none")
+    for b in range(3):
+        alone, _ = model.observe(tails[b : b + 1], tails[b : b + 1], state, reduction="none")
+        torch.testing.assert_close(branches[b : b + 1], alone)
+
+
+def test_a_reset_sequence_starts_anew_and_leaves_the_others_alone(model):
+    x, y, tail = tokens(3, 12), tokens(3, 12, seed=1), tokens(3, 9, seed=2)
+    _, state = model.observe(x, y)
+    reset = model.reset(state, [1])
+    after, _ = model.observe(tail, tail, reset, reduction="none")
+    kept, _ = model.observe(tail, tail, state, reduction="none")
+    fresh, _ = model.observe(tail[1:2], tail[1:2], reduction="none")
+    torch.testing.assert_close(after[[0, 2]], kept[[0, 2]])
+    torch.testing.assert_close(after[1:2], fresh)
+    assert (after[1] - kept[1]).abs().max() > 1e-6
+
+
+def test_a_reset_inside_a_chunk_is_refused(model):
+    _, state = model.observe(tokens(2, 5), tokens(2, 5))
+    with pytest.raises(ValueError, match="reset at a multiple of 6 tokens"):
+        model.reset(state, [0])
+
+
+def test_windowed_attention_forgets_across_a_reset_and_a_split():
+    model = random_model(small_config("hope-attention", window=4))
+    x = tokens(2, 10)
+    _, state = model(x[:, :6])
+    after, _ = model(x[:, 6:], model.reset(state, [0]))
+    torch.testing.assert_close(after[:1], model(x[:1, 6:])[0])
+    torch.testing.assert_close(after[1:], model(x[1:])[0][:, 6:])
+
+
+def test_sequences_shorter_than_a_chunk_are_written_too():
+    model = random_model(small_config(chunk=64, chunk_proj=64, cms=(64, INF)))
+    _, state = model(tokens(1, 3))
+    _, longer = model(tokens(1, 3), state)
+    before, now = state.memories[0].main.now[0], longer.memories[0].main.now[0]
+    assert (now - before).abs().max() > 1e-6 and state.memories[0].t == 3
+
+
+def test_a_state_does_not_grow():
+    model = random_model(small_config())
+    size = lambda s: sum(z.numel() for z in flat(s))
+    with torch.no_grad():
+        _, state = model.observe(tokens(1, 24), tokens(1, 24))
+        before = size(state)
+        for _ in range(5):
+            _, state = model.observe(tokens(1, 24), tokens(1, 24), state)
+    assert size(state) == before
+
+
+@pytest.mark.slow
+def test_a_million_tokens_at_constant_memory_and_speed():
+    model = hope.Hope(hope.HopeConfig.preset("tiny", d_model=64, n_head=2, n_layer=1))
+    x, state, times = torch.randint(256, (1, 2048)), None, []
+    with torch.no_grad():
+        for _ in range(1_000_000 // 2048 + 1):
+            start = time.process_time()
+            _, state = model(x, state)
+            times.append(time.process_time() - start)
+            if len(times) == 50:
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    first, last = (sorted(t)[len(t) // 2] for t in (times[10:110], times[-100:]))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / memory
+    print(f"time per token, end / start: {last / first:.3f}; peak memory, end / start: {grown:.3f}")
+    assert last / first < 1.05 and grown < 1.02
+    assert all(z.isfinite().all() for z in flat(state)) and state.memories[0].t > 1_000_000
+
+
+def test_recomputing_states_changes_nothing():
+    x, y, got = tokens(2, 24), tokens(2, 24, seed=1), []
+    for remat in (0, 1, 2):
+        model = random_model(small_config(remat=remat, chunk=2, chunk_proj=4))
+        loss, _ = model.observe(x, y, backward=True)
+        got.append([loss, *(p.grad for p in model.parameters())])
+    for other in got[1:]:
+        for a, b in zip(got[0], other):
+            torch.testing.assert_close(a, b)
+
+
+def test_kept_activations_do_not_grow_with_chunks_times_state():
+    """Bytes that autograd holds for one layer: eight times the length, at most 1.3 times eight times the bytes."""
+
+    def held(t, remat):
+        torch.manual_seed(0)
+        memory = hope.Memory(hope.MemoryConfig(d_model=32, n_head=1, chunk=8, chunk_proj=8, remat=remat))
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda z: seen.setdefault(z.data_ptr(), z.untyped_storage().nbytes()) and z, lambda z: z):
+            memory(torch.randn(1, t, 32))
+        return sum(seen.values())
+
+    assert held(2048, 16) < 1.3 * 8 * held(256, 16)
+    assert held(2048, 16) < 0.5 * held(2048, 0)
+
+
+@pytest.mark.parametrize("arch", ["hope", "hope-attention", "transformer++"])
+def test_bfloat16_autocast_keeps_states_in_float32(arch):
+    torch.manual_seed(0)
+    model = hope.Hope(small_config(arch))
+    torch.nn.init.normal_(model.head.weight)
+    x, y = tokens(2, 24), tokens(2, 24, seed=1)
+    exact, _ = model.observe(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, state = model.observe(x, y, backward=True)
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 0.02 * exact
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    if arch == "hope":
+        assert all(z.dtype == torch.float32 for m in state.memories for z in flat((m.main, m.proj)))
+    for layer in state.cms:
+        assert all(z.dtype == torch.float32 for f in layer if f for z in flat(f))
+
+
+@pytest.mark.parametrize("size, millions", [("60m", 60), ("170m", 170), ("340m", 340), ("760m", 760), ("1.3b", 1300)])
+@pytest.mark.parametrize("arch", list(hope.HopeConfig.ARCHS))
+def test_sizes_have_the_parameters_of_their_name(size, millions, arch):
+    config = hope.HopeConfig.preset(size, arch)
+    with torch.device("meta"):
+        model = hope.Hope(config)
+    assert config.vocab_size == 32000
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
+
+
+def test_prompts_of_different_lengths():
+    model = random_model(small_config())
+    prompts = [tokens(1, n, seed=n)[0] for n in (4, 9, 4, 1)]
+    together = model.generate(prompts, 6, temperature=0)
+    for row, prompt in zip(together, prompts):
+        assert torch.equal(row, model.generate(prompt[None], 6, temperature=0)[0])
+    with pytest.raises(ValueError, match="prompts of one length, not of \\[1, 4, 9\\]"):
+        model.generate(prompts, 6, state=model.init_state(1))
+
+
+def test_stop_tokens_end_a_sequence():
+    model, prompt = random_model(small_config()), tokens(3, 9)
+    free = model.generate(prompt, 8, temperature=0)
+    stop = int(free[0, 2])
+    stopped = model.generate(prompt, 8, temperature=0, stop=[stop])
+    for a, b in zip(free, stopped):
+        at = (a == stop).nonzero().flatten().tolist()
+        end = at[0] + 1 if at else 8
+        assert torch.equal(a[:end], b[:end]) and (b[end:] == stop).all()
+
+
+def test_memorize_chooses_what_learns_from_a_prompt():
+    model, x = random_model(small_config(cms=(3, 6, INF))), tokens(2, 13)
+
+    def moved(**settings):
+        _, state = model.observe(x, **settings)
+        return [bool(f.delta[0].abs().sum() > 0) for f in state.cms[0] if f]
+
+    assert moved() == [True, True] and moved(levels=[1]) == [False, True] and moved(levels=[]) == [False, False]
+    assert moved(surprise=100.0) == [False, False]
+    losses, _ = model.observe(x, reduction="none")
+    between = losses[:, :3].mean(1).sort().values.mean().item()  # one sequence is more surprised than the other
+    _, state = model.observe(x[:, :4], surprise=between)
+    assert (state.cms[0][0].delta[0].abs().sum((1, 2)) > 0).tolist() == (losses[:, :3].mean(1) > between).tolist()
+    frozen = model.generate(x, 6, temperature=0, memorize=False)
+    by_hand, _ = model(x[:, :-1])
+    logits, _ = model(torch.cat([x, frozen], 1)[:, :-1])
+    assert torch.equal(logits[:, x.shape[1] - 1 :].argmax(-1), frozen)
+    with pytest.raises(ValueError, match="those that do: \\[0, 1\\]"):
+        model.observe(x, levels=[2])
+
+
+def test_nested_levels_restart_where_the_slower_level_left_their_start_state():
+    """Eq. 72: at a slow boundary the fast block falls back to its start, moved by the slow chunk's mean gradient."""
+    config = small_config(n_layer=1, cms=(3, 6, INF), cms_rate=(0.5, 0.25), wiring="nested", learn_rates=False)
+    model, x, y = random_model(config), tokens(1, 6), tokens(1, 6, seed=1)
+    _, half = model.observe(x[:, :3], y[:, :3])
+    g1 = half.cms[0][0].start_total  # the first chunk's gradient
+    torch.testing.assert_close(half.cms[0][0].delta[0], -0.5 / 3 * g1[0])
+    _, end = model.observe(x[:, 3:], y[:, 3:], half)
+    sequential = hope.Hope(small_config(n_layer=1, cms=(3, 6, INF), cms_rate=(0.5, 0.25), learn_rates=False)).double()
+    sequential.load_state_dict(model.state_dict())
+    _, plain = sequential.observe(x, y)
+    g2 = (half.cms[0][0].delta[0] - plain.cms[0][0].delta[0]) * 3 / 0.5  # the second chunk's gradient
+    torch.testing.assert_close(end.cms[0][0].delta[0], -0.25 / 6 * (g1[0] + g2))
+    torch.testing.assert_close(end.cms[0][0].start[0], end.cms[0][0].delta[0])
+    torch.testing.assert_close(end.cms[0][1].delta[0], plain.cms[0][1].delta[0])
+
+
+def test_independent_levels_add_their_changes():
+    model = random_model(small_config(wiring="independent", n_layer=1))
+    cms, x = model.blocks[0].cms, torch.randn(1, 5, 8, dtype=torch.float64)
+    want = x + sum(level(x) - x for level in cms.levels)
+    torch.testing.assert_close(cms(x, [None] * 3), want)
+
+
+def test_the_timeline_shows_every_component_at_its_own_times():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    model = hope.Hope(hope.HopeConfig.preset("tiny"))
+    table = hope.levels(model, torch.optim.AdamW(model.parameters()))
+    ax = table.plot(step=512)
+    assert [t.get_text().rsplit("  ", 1)[0] for t in ax.get_yticklabels()] == [row.component for row in table]
+    marks = {row.component: len(lines.get_segments()) for row, lines in zip(table, ax.collections)}
+    assert marks["memory M"] == 1024 and marks["CMS, C = 64"] == 16 and marks["parameters, start states"] == 2
+
+
+@pytest.mark.parametrize("arch", list(hope.HopeConfig.ARCHS))
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon", "SGD"])
+def test_levels_are_right_for_every_architecture(arch, optimizer):
+    model = hope.Hope(small_config(arch, cms=hope.HopeConfig.ARCHS[arch].get("cms", (6, 12, INF)), chunk=4))
+    params = hope.param_groups(model)["matrix"] if optimizer == "Muon" else model.parameters()
+    table = hope.levels(model, getattr(torch.optim, optimizer)(params))
+    periods = [math.inf if row.period is None else row.period for row in table]
+    assert periods == sorted(periods) and [row.level for row in table] == sorted(row.level for row in table)
+    names = [row.component for row in table]
+    memory = model.config.memory
+    hybrid = "attention" in model.config.pattern
+    assert ("softmax attention" in names) == (memory.depth == 0 or hybrid)
+    assert ("memory M" in names) == (memory.depth > 0)
+    assert ("memory M: momentum" in names) == (memory.depth > 0 and memory.momentum)
+    assert sum(name.startswith("CMS") for name in names) == len(model.config.clocks)
+    assert any(name.startswith(optimizer) for name in names) == (optimizer != "SGD")
+    states = sum(row.size for row in table if row.component in ("memory M", "memories k,v,eta,alpha"))
+    assert states == sum(w.numel() for n, w in model.named_parameters() if ".start." in n and not n.endswith("scale"))
