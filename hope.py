@@ -398,6 +398,22 @@ def rotate(x: Tensor, start: int) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def cut_streams(streams: dict[str, Tensor], room: Callable[[int], int]) -> list[tuple[int, dict[str, Tensor]]]:
+    """Cut streams (b, h, t, ...) into pieces of at most room(s) tokens from s on: their lengths and the pieces.
+
+    By `split`, not by slices: the gradient of a slice is as long as the whole stream, of all slices together quadratic.
+    """
+    t, sizes = next(iter(streams.values())).shape[2], []
+    while sum(sizes) < t:
+        sizes.append(min(room(sum(sizes)), t - sum(sizes)))
+    pieces = zip(*(z.split(sizes, 2) for z in streams.values()))
+    return [(n, dict(zip(streams, piece))) for n, piece in zip(sizes, pieces)]
+
+
+# A gate's learnt number becomes a step size above 0, or a retention between 0 and 1.
+GATES = {"eta": F.softplus, "alpha": torch.sigmoid, "theta": torch.sigmoid}
+
+
 class Memory(nn.Module):
     """A sequence layer: in every head a memory that is written and read token by token.
 
@@ -407,7 +423,8 @@ class Memory(nn.Module):
     where the names in `config.adaptive` are memories of their own and the rest static projections of x. Choices the
     paper leaves open: heads; eta and alpha are scalars per head, read out of M_eta and M_alpha by a learnt vector;
     the step that multiplies a layer's update is the minimiser of eq. 56 for that layer's input,
-    eta / (1 + eta |x|^2); momentum applies to the inner gradient, not to the delta term; self-generated values are
+    eta / (1 + eta |x|^2); momentum averages the inner gradient (weights theta and 1 - theta: with the gradient frozen
+    over a chunk, a sum would overshoot by 1 / (1 - theta)) and leaves the delta term alone; self-generated values are
     l2-normalised and rescaled by a learnt factor, without which a model writes ever larger targets for itself.
     """
 
@@ -493,57 +510,55 @@ class Memory(nn.Module):
         for name, to in (("k", self.to_k), ("v", self.to_v), ("q", self.to_q)):
             if name not in self.adaptive:
                 streams[name] = self._heads(x, to)
-                if c.rotary and name != "v":
-                    streams[name] = rotate(streams[name], state.t)
+        for name in {"u", "k", "q"} & set(streams):
+            z = F.normalize(streams[name], dim=-1) if c.qk_norm else streams[name]
+            streams[name] = rotate(z, state.t) if c.rotary else z
         for name, gate in self.gates.items():
             if name not in self.adaptive:
-                streams[name] = gate(x)
+                streams[name] = GATES[name](gate(x))
         groups = {name: group for name in ("proj", "main") if (group := getattr(state, name)) is not None}
-        ys, s = [], 0
+        ys, t = [], state.t
         with torch.autocast(x.device.type, enabled=False):
             streams = {name: z if z.dtype == torch.float64 else z.float() for name, z in streams.items()}
-            while s < x.shape[1]:
-                n = c.remat * c.chunk or x.shape[1]
-                span = {name: z[:, :, s : s + n] for name, z in streams.items()}
-                if n < x.shape[1] and torch.is_grad_enabled():
-                    y, groups = checkpoint(self._span, span, groups, state.t + s, use_reentrant=False)
+            spans = cut_streams(streams, lambda s: c.remat * c.chunk or x.shape[1])
+            for n, span in spans:
+                if len(spans) > 1 and torch.is_grad_enabled():
+                    y, groups = checkpoint(self._span, span, groups, t, use_reentrant=False)
                 else:
-                    y, groups = self._span(span, groups, state.t + s)
+                    y, groups = self._span(span, groups, t)
                 ys.append(y)
-                s += n
+                t += n
         y = self._out(torch.cat(ys, 2)) if ys else torch.zeros_like(x)
         return y, MemoryState(state.t + x.shape[1], tail, groups.get("proj"), groups["main"])
 
     def _span(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
         """Any number of tokens from time t on: streams (b, h, s, e), gates (b, h, s) -> y (b, h, s, e), new groups."""
-        c, ys, s, total = self.config, [], 0, streams["q" if "q" in streams else "u"].shape[2]
-        while s < total:
+        c, ys = self.config, []
+        for n, piece in cut_streams(streams, lambda s: min(size - (t + s) % size for size in (c.chunk, c.chunk_proj))):
             if t % c.chunk_proj == 0 and "proj" in groups:
                 groups = {**groups, "proj": replace(groups["proj"], anchor=groups["proj"].now)}
             if t % c.chunk == 0:
                 groups = {**groups, "main": replace(groups["main"], anchor=groups["main"].now)}
-            n = min(total - s, c.chunk - t % c.chunk, c.chunk_proj - t % c.chunk_proj)
-            y, groups = self._write_and_read({name: z[:, :, s : s + n] for name, z in streams.items()}, groups)
+            y, groups = self._write_and_read(piece, groups)
             ys.append(y)
-            s, t = s + n, t + n
+            t += n
         return torch.cat(ys, 2), groups
 
     def _write_and_read(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
         """Tokens that lie within one chunk: streams (b, h, c, e), gates (b, h, c) -> y (b, h, c, e), new groups."""
         c, z = self.config, dict(streams)
         if self.adaptive:
-            u = z.pop("u").unsqueeze(2)
-            reads = apply_memory(groups["proj"].anchor, F.normalize(u, dim=-1) if c.qk_norm else u, c.memory_norm)
-            z.update(zip(self.adaptive, reads.unbind(2)))
-        k, v, q = (F.normalize(z[b], dim=-1) if c.qk_norm and b != "v" else z[b] for b in ("k", "v", "q"))
-        gates = {b: self.gates[b](z[b]) if b in self.adaptive else z[b] for b in self.gates}
-        eta = F.softplus(gates["eta"]) if "eta" in gates else torch.ones_like(k[..., 0])
-        alpha = self.fixed_alpha.to(eta).expand_as(eta) if c.decay == "fixed" else torch.ones_like(eta)
-        alpha = torch.sigmoid(gates["alpha"]) if "alpha" in gates else alpha
-        theta = torch.sigmoid(gates["theta"]).unsqueeze(2) if "theta" in gates else None
-        eta, alpha, k, v = (w.unsqueeze(2) for w in (eta, alpha, k, v))
-        through = chunk_gates(alpha, theta)
-        y, new = q.unsqueeze(2), {}
+            reads = apply_memory(groups["proj"].anchor, z["u"].unsqueeze(2), c.memory_norm)
+            for name, read in zip(self.adaptive, reads.unbind(2)):
+                if name in self.gates:
+                    read = GATES[name](self.gates[name](read))
+                z[name] = F.normalize(read, dim=-1) if c.qk_norm and name in "kq" else read
+        one = torch.ones_like(z["k"][..., 0])
+        alpha = self.fixed_alpha.to(one).expand_as(one) if c.decay == "fixed" else z.get("alpha", one)
+        k, v, y, eta, alpha = (w.unsqueeze(2) for w in (z["k"], z["v"], z["q"], z.get("eta", one), alpha))
+        theta = z["theta"].unsqueeze(2) if c.momentum else None
+        through = chunk_gates(alpha, theta, ema=True)
+        new = {}
         for name, group in groups.items():
             value = v
             if c.self_values:
@@ -553,8 +568,6 @@ class Memory(nn.Module):
             query = y if name == "main" and c.read != "chunk" else None
             now, momentum = [], []
             for layer, (x, grad) in enumerate(inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)):
-                if c.momentum:
-                    grad = (1 - theta).unsqueeze(-1) * grad
                 step = eta / c.chunk if c.step == "mean" else eta
                 if c.step == "exact":
                     step = eta / (1 + eta * x.square().sum(-1))
