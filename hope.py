@@ -94,6 +94,10 @@ class MemoryConfig:
         16, "chunks between two states that are kept for the backward pass, which recomputes those between; 0 keeps all"
     )
     window: int = setting(0, "softmax attention only: how many tokens back it sees; 0 for all")
+    n_kv_head: int = setting(0, "softmax attention only: heads of keys and values, shared by the n_head of queries; 0 for n_head")
+    bias: bool = setting(False, "softmax attention only: biases in its projections")
+    y_norm: bool = setting(True, "normalise what a head reads before the projection out of the heads")
+    rope_theta: float = setting(10000.0, "rotary positions: base of the frequencies")
 
     LINEAR = dict(depth=1, objective="dot", momentum=False, decay="none", adaptive=(), self_values=False, read="after")
     DEEP = dict(rule="gd", step="mean", adaptive=(), self_values=False, memory_norm=True)
@@ -131,6 +135,12 @@ class MemoryConfig:
             if name in self.adaptive and off:
                 raise ValueError(f"adaptive names {name}, which this memory does not have; leave it out of adaptive")
 
+        if self.n_kv_head < 0 or self.n_head % (self.n_kv_head or 1):
+            raise ValueError(f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
+        if self.depth > 0 and (self.n_kv_head or self.bias):
+            raise ValueError(f"n_kv_head and bias are for softmax attention, but depth is {self.depth}; set depth=0")
         if self.depth < 2 and (self.memory_norm or self.expand > 1):
             raise ValueError(f"memory_norm and expand are for MLP memories, but depth is {self.depth}; set depth=2")
         if (self.rotary or self.depth == 0) and self.d_head % 2:
@@ -168,7 +178,12 @@ class HopeConfig:
         "sequential", "how levels are joined: in a chain (eq. 73), in a chain with start states learnt one level up (eq. 72), "
         "or side by side (eq. 74)"
     )
-    mlp: Literal["silu", "swiglu"] = setting("silu", "kind of MLP")
+    mlp: Literal["silu", "swiglu", "gelu"] = setting("silu", "kind of MLP; gelu is its tanh form")
+    mlp_bias: bool = setting(False, "biases in the MLPs; they are not written in context")
+    norm: Literal["rms", "layer"] = setting("rms", "norm in front of every layer; layer is LayerNorm, with a bias")
+    norm_eps: float = setting(0.0, "what the norms add to the mean square; 0 for torch's default")
+    n_position: int = setting(0, "learnt absolute positions, and so the longest stream; 0 for none")
+    tied: bool = setting(False, "the output head is the embedding")
     inner_grad: Literal["first-order", "full"] = setting(
         "first-order", "whether the outer gradient sees through the inner one (full costs a second derivative)"
     )
@@ -222,6 +237,8 @@ class HopeConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "vocab_size", "n_layer")
+        if self.norm_eps < 0 or self.n_position < 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}, n_position is {self.n_position}; neither can be negative")
         if not self.cms:
             raise ValueError("cms is empty; give at least one chunk size, inf for a plain MLP")
         for c in self.cms:
@@ -388,10 +405,10 @@ def inner_gradients(
     return [(k, (d1 @ w1) * (gate * (1 + z - hidden))), (hidden, d1)]
 
 
-def rotate(x: Tensor, start: int) -> Tensor:
+def rotate(x: Tensor, start: int, theta: float = 10000.0) -> Tensor:
     """Rotary embedding of x (b, h, t, e) at positions start, start + 1, ..."""
     half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float64)[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
@@ -437,8 +454,8 @@ class Memory(nn.Module):
         self.config = config
         d, h, e = config.d_model, config.n_head, config.d_head
         self.conv = nn.Conv1d(d, d, config.conv, groups=d, bias=False) if config.conv else None
-        self.to_y = nn.Linear(d, d, bias=False) if config.project else None
-        self.y_norm = nn.Parameter(torch.ones(h, 1, e)) if config.project else None
+        self.to_y = nn.Linear(d, d, bias=config.bias) if config.project else None
+        self.y_norm = nn.Parameter(torch.ones(h, 1, e)) if config.project and config.y_norm else None
         self._init_parts()
         if self.conv is not None:  # starts as the identity
             nn.init.normal_(self.conv.weight, std=0.1)
@@ -491,13 +508,14 @@ class Memory(nn.Module):
         return self.conv.weight.new_zeros(b, self.config.conv - 1, self.config.d_model)
 
     def _heads(self, x: Tensor, to: nn.Linear | None) -> Tensor:
-        return rearrange(x if to is None else to(x), "b t (h e) -> b h t e", h=self.config.n_head)
+        return rearrange(x if to is None else to(x), "b t (h e) -> b h t e", e=self.config.d_head)
 
     def _out(self, y: Tensor) -> Tensor:
         """y: (b, h, t, e) -> (b, t, d)"""
         if self.to_y is None:
             return rearrange(y, "b h t e -> b t (h e)")
-        y = F.rms_norm(y, y.shape[-1:]) * self.y_norm
+        if self.y_norm is not None:
+            y = F.rms_norm(y, y.shape[-1:]) * self.y_norm
         return self.to_y(rearrange(y, "b h t e -> b t (h e)").to(self.to_y.weight.dtype))
 
     def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
@@ -512,7 +530,7 @@ class Memory(nn.Module):
                 streams[name] = self._heads(x, to)
         for name in {"u", "k", "q"} & set(streams):
             z = F.normalize(streams[name], dim=-1) if c.qk_norm else streams[name]
-            streams[name] = rotate(z, state.t) if c.rotary else z
+            streams[name] = rotate(z, state.t, c.rope_theta) if c.rotary and name != "u" else z
         for name, gate in self.gates.items():
             if name not in self.adaptive:
                 streams[name] = GATES[name](gate(x))
@@ -615,16 +633,18 @@ class StaticGate(nn.Linear):
 class Attention(Memory):
     """Softmax attention (eq. 62): the memory without parameters, whose state is every key and value it has seen.
 
-    Rotary positions, normalised queries and keys; with `window` it sees only that many tokens, itself included (eq. 63).
+    Rotary positions, normalised queries and keys, `n_kv_head` heads of keys and values; with `window` it sees only that
+    many tokens, itself included (eq. 63).
     """
 
     def _init_parts(self) -> None:
-        d, h = self.config.d_model, self.config.n_head
-        self.to_k, self.to_v, self.to_q = (nn.Linear(d, d, bias=False) for _ in range(3))
-        self.scale = nn.Parameter(torch.full((h, 1, 1), 10.0 if self.config.qk_norm else self.config.d_head**-0.5))
+        c, d, h = self.config, self.config.d_model, self.config.n_head
+        self.n_kv = c.n_kv_head or h
+        self.to_k, self.to_v, self.to_q = (nn.Linear(d, n * c.d_head, bias=c.bias) for n in (self.n_kv, self.n_kv, h))
+        self.scale = nn.Parameter(torch.full((h, 1, 1), 10.0 if c.qk_norm else c.d_head**-0.5))
 
     def init_state(self, b: int) -> AttentionState:
-        empty = self.to_k.weight.new_zeros(b, self.config.n_head, 0, self.config.d_head)
+        empty = self.to_k.weight.new_zeros(b, self.n_kv, 0, self.config.d_head)
         return AttentionState(0, self._empty_tail(b), empty, empty, empty.new_zeros(b, dtype=torch.long))
 
     def forward(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
@@ -637,7 +657,7 @@ class Attention(Memory):
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         q = q * self.scale
         if c.rotary:
-            q, k = rotate(q, state.t), rotate(k, state.t)
+            q, k = rotate(q, state.t, c.rope_theta), rotate(k, state.t, c.rope_theta)
         k, v = torch.cat([state.k.to(k.dtype), k], 2), torch.cat([state.v.to(v.dtype), v], 2)
         key = torch.arange(k.shape[2], device=x.device)
         now = key[k.shape[2] - q.shape[2] :, None]
@@ -645,8 +665,8 @@ class Attention(Memory):
         plain = q.shape[2] == k.shape[2] and not c.window
         if state.first.any():
             plain, seen = False, seen & (key >= state.first[:, None, None, None])
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else seen, is_causal=plain, scale=1.0)
-        first = state.first
+        mask, gqa, first = None if plain else seen, self.n_kv != c.n_head, state.first
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=1.0, enable_gqa=gqa)
         if c.window:
             first = (first - max(0, k.shape[2] - c.window)).clamp(min=0)
             k, v = k[:, :, -c.window :], v[:, :, -c.window :]
@@ -657,30 +677,41 @@ class Attention(Memory):
 # Continuum memory system
 
 
-def matmul_weight(x: Tensor, weight: Tensor, delta: Tensor | None) -> Tensor:
-    """x (b, t, i) times (weight + delta)^T; weight (o, i), delta (b, o, i) or None."""
-    return F.linear(x, weight) if delta is None else x @ (weight + delta).to(x.dtype).mT
+def fast_linear(x: Tensor, linear: nn.Linear, delta: Tensor | None) -> Tensor:
+    """x (b, t, i) through `linear` with its weight (o, i) changed by delta, (b, o, i) or None."""
+    if delta is None:
+        return F.linear(x, linear.weight, linear.bias)
+    y = x @ (linear.weight + delta).to(x.dtype).mT
+    return y if linear.bias is None else y + linear.bias.to(y.dtype)
+
+
+def make_norm(config: HopeConfig) -> nn.Module:
+    eps = {"eps": config.norm_eps} if config.norm_eps else {}
+    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm](config.memory.d_model, **eps)
 
 
 class MLP(nn.Module):
-    """One block of a CMS, x + W_out silu(W_in norm(x)), or its SwiGLU form. `delta` changes the weights per sequence."""
+    """One block of a CMS, x + W_out silu(W_in norm(x)), or its SwiGLU or GELU form.
 
-    def __init__(self, d: int, hidden: int, kind: str):
+    `delta` changes the two matrices per sequence; norm and biases stay.
+    """
+
+    def __init__(self, config: HopeConfig):
         super().__init__()
-        self.norm = nn.RMSNorm(d)
-        self.w_in = nn.Linear(d, 2 * hidden if kind == "swiglu" else hidden, bias=False)
-        self.w_out = nn.Linear(hidden, d, bias=False)
-        self.kind = kind
+        d, hidden, self.kind = config.memory.d_model, round(config.cms_hidden * config.memory.d_model), config.mlp
+        self.norm = make_norm(config)
+        self.w_in = nn.Linear(d, 2 * hidden if self.kind == "swiglu" else hidden, bias=config.mlp_bias)
+        self.w_out = nn.Linear(hidden, d, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, delta: Sequence[Tensor] | None = None) -> Tensor:
         d_in, d_out = delta or (None, None)
-        z = matmul_weight(self.norm(x), self.w_in.weight, d_in)
+        z = fast_linear(self.norm(x), self.w_in, d_in)
         if self.kind == "swiglu":
             gate, z = z.chunk(2, -1)
             z = F.silu(gate) * z
         else:
-            z = F.silu(z)
-        return x + matmul_weight(z, self.w_out.weight, d_out)
+            z = F.gelu(z, approximate="tanh") if self.kind == "gelu" else F.silu(z)
+        return x + fast_linear(z, self.w_out, d_out)
 
 
 class CMS(nn.Module):
@@ -695,8 +726,8 @@ class CMS(nn.Module):
 
     def __init__(self, config: HopeConfig):
         super().__init__()
-        d, self.chunks, self.wiring = config.memory.d_model, config.cms, config.wiring
-        self.levels = nn.ModuleList(MLP(d, round(config.cms_hidden * d), config.mlp) for _ in config.cms)
+        self.chunks, self.wiring = config.cms, config.wiring
+        self.levels = nn.ModuleList(MLP(config) for _ in config.cms)
         self.start_rates = config.rates
         # Learnt and bounded: rates grow at most twofold, since a far too large one destroys what was learnt.
         zero = torch.zeros(len(config.clocks))
@@ -766,7 +797,7 @@ class CMS(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: HopeConfig, i: int):
         super().__init__()
-        self.norm = nn.RMSNorm(config.memory.d_model)
+        self.norm = make_norm(config)
         self.memory = Memory(config.layer(i))
         self.cms = CMS(config)
 
@@ -783,15 +814,19 @@ class Hope(nn.Module):
         self.config = config
         d = config.memory.d_model
         self.embed = nn.Embedding(config.vocab_size, d)
+        self.embed_position = nn.Embedding(config.n_position, d) if config.n_position else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.norm = nn.RMSNorm(d)
-        self.head = nn.Linear(d, config.vocab_size, bias=False)
+        self.norm = make_norm(config)
+        self.head = None if config.tied else nn.Linear(d, config.vocab_size, bias=False)
         for name, module in self.named_modules():
             if type(module) is nn.Linear:
                 shrink = (2 * config.n_layer) ** -0.5 if name.endswith(("to_y", "w_out")) else 1.0
                 nn.init.normal_(module.weight, std=shrink * module.in_features**-0.5)
-        nn.init.zeros_(self.head.weight)
-        nn.init.normal_(self.embed.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+        nn.init.normal_(self.embed.weight, std=d**-0.5 if config.tied else 1.0)
 
     def init_state(self, b: int) -> HopeState:
         """The state of b sequences before their first token."""
@@ -830,10 +865,19 @@ class Hope(nn.Module):
 
     def _run(self, tokens: Tensor, memories: list, cms: list) -> tuple[Tensor, list]:
         x, new = self.embed(tokens), []
+        if self.embed_position is not None:
+            start, longest = memories[0].t, self.config.n_position
+            if start + tokens.shape[1] > longest:
+                raise ValueError(
+                    f"the stream reaches {start + tokens.shape[1]} tokens, but this model has learnt positions for "
+                    f"{longest}; start a new state there"
+                )
+            x = x + self.embed_position.weight[start : start + tokens.shape[1]]
         for block, memory, fast in zip(self.blocks, memories, cms):
             x, memory = block(x, memory, fast)
             new.append(memory)
-        return self.head(self.norm(x)), new
+        x = self.norm(x)
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x), new
 
     def _check(self, tokens: Tensor, state: HopeState | None) -> HopeState:
         if tokens.dim() != 2 or tokens.is_floating_point():
@@ -904,7 +948,7 @@ class Hope(nn.Module):
             loss, state = self._observe_piece(tokens[:, s : s + n], targets[:, s : s + n], state, levels, surprise)
             losses.append(loss)
             s += n
-        loss = torch.cat(losses, 1) if losses else tokens.new_zeros(tokens.shape, dtype=self.head.weight.dtype)
+        loss = torch.cat(losses, 1) if losses else tokens.new_zeros(tokens.shape, dtype=self.embed.weight.dtype)
         if reduction == "mean":
             loss = loss.sum() / (targets != -100).sum().clamp(min=1)
         if backward:
@@ -1035,6 +1079,150 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_p is not None:
         p[p.cumsum(-1) - p >= top_p] = 0
     return order.gather(-1, torch.multinomial(p, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Level stacking
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one kind of pre-trained model maps to Hope-Attention."""
+
+    settings: dict[str, Any]
+    norm_eps: str  # what its config calls it
+    requires: dict[str, tuple]  # options of its config, and the values that Hope-Attention can stand for
+    names: dict[str, str]  # our modules -> its modules; of several on one side, each is a slice of the rows
+
+
+LLAMA = Family(
+    settings=dict(norm="rms", mlp="swiglu", rotary=True),
+    norm_eps="rms_norm_eps",
+    requires={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+    names={
+        "embed": "model.embed_tokens",
+        "blocks.{}.norm": "model.layers.{}.input_layernorm",
+        "blocks.{}.memory.to_q": "model.layers.{}.self_attn.q_proj",
+        "blocks.{}.memory.to_k": "model.layers.{}.self_attn.k_proj",
+        "blocks.{}.memory.to_v": "model.layers.{}.self_attn.v_proj",
+        "blocks.{}.memory.to_y": "model.layers.{}.self_attn.o_proj",
+        "blocks.{}.cms.levels.0.norm": "model.layers.{}.post_attention_layernorm",
+        "blocks.{}.cms.levels.0.w_in": "model.layers.{}.mlp.gate_proj model.layers.{}.mlp.up_proj",
+        "blocks.{}.cms.levels.0.w_out": "model.layers.{}.mlp.down_proj",
+        "norm": "model.norm",
+        "head": "lm_head",
+    },
+)
+GPT2 = Family(
+    settings=dict(norm="layer", mlp="gelu", rotary=False),
+    norm_eps="layer_norm_epsilon",
+    requires={
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    names={
+        "embed": "transformer.wte",
+        "embed_position": "transformer.wpe",
+        "blocks.{}.norm": "transformer.h.{}.ln_1",
+        "blocks.{}.memory.to_q blocks.{}.memory.to_k blocks.{}.memory.to_v": "transformer.h.{}.attn.c_attn",
+        "blocks.{}.memory.to_y": "transformer.h.{}.attn.c_proj",
+        "blocks.{}.cms.levels.0.norm": "transformer.h.{}.ln_2",
+        "blocks.{}.cms.levels.0.w_in": "transformer.h.{}.mlp.c_fc",
+        "blocks.{}.cms.levels.0.w_out": "transformer.h.{}.mlp.c_proj",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+)
+FAMILIES = {"LlamaForCausalLM": LLAMA, "MistralForCausalLM": LLAMA, "Qwen2ForCausalLM": LLAMA, "GPT2LMHeadModel": GPT2}
+
+
+def from_pretrained(
+    model_or_path: Any, *, cms: Sequence[float] = (256,), cms_rate: Sequence[float] = (0.1,), **overrides: Any
+) -> Hope:
+    """A pre-trained Transformer as Hope-Attention, its MLPs the start states of a CMS (sec. 7.3).
+
+    The first level of every CMS is the pre-trained MLP. Further levels have the same shape and start with w_out = 0:
+    they add nothing until they are written. So with rates 0 the logits are the original's, and with `cms=(inf, 256)`
+    the pre-trained MLPs stay as they are and only what is stacked on them is written.
+
+    Args:
+        model_or_path: a Llama, Mistral, Qwen2 or GPT-2 language model of transformers, or what its
+            `AutoModelForCausalLM.from_pretrained` takes: a name or a folder. The weights are copied, as float32.
+        cms, cms_rate: chunk size of every level and inner step sizes, as in HopeConfig.
+        overrides: fields of HopeConfig or MemoryConfig that the checkpoint does not fix, such as `wiring`; with a name
+            or a folder, anything else is passed on to transformers, such as `gguf_file`.
+
+    Raises ImportError without transformers, and ValueError for a kind of model or an option of its that Hope-Attention
+    cannot stand for, or for an override of what the checkpoint fixes.
+    """
+    known = {f.name for config in (HopeConfig, MemoryConfig) for f in fields(config)}
+    extra = {name: overrides.pop(name) for name in set(overrides) - known}
+    model = model_or_path
+    if not isinstance(model, nn.Module):
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            raise ImportError('transformers is missing; run: pip install "nested-learning-hope[pretrained]"') from None
+        model = AutoModelForCausalLM.from_pretrained(model, **extra)
+    elif extra:
+        raise ValueError(f"unknown setting {sorted(extra)}; see HopeConfig and MemoryConfig for the names")
+    if type(model).__name__ not in FAMILIES:
+        raise ValueError(f"cannot take over a {type(model).__name__}; allowed: {', '.join(FAMILIES)}")
+    family = FAMILIES[type(model).__name__]
+    settings = pretrained_settings(model, family)
+    if fixed := set(overrides) & set(settings):
+        raise ValueError(f"the checkpoint fixes {', '.join(sorted(fixed))}; leave out what is fixed")
+    new = Hope(HopeConfig.preset(cms=tuple(cms), cms_rate=tuple(cms_rate), **settings, **overrides))
+    with torch.no_grad():
+        for ours, theirs in family.names.items():
+            for layer in range(new.config.n_layer if "{}" in ours else 1):
+                if ours != "head" or not new.config.tied:
+                    copy_modules(new, ours.replace("{}", str(layer)), model, theirs.replace("{}", str(layer)))
+        for block in new.blocks:
+            for level in block.cms.levels[1:]:
+                level.w_out.weight.zero_()
+    return new
+
+
+def pretrained_settings(model: nn.Module, family: Family) -> dict[str, Any]:
+    """Fields of HopeConfig and MemoryConfig with which Hope computes what `model` does. ValueError if none do."""
+    c, embed = model.config, model.get_input_embeddings().weight
+    d_model = c.hidden_size
+    # transformers 4 has rope_theta and, for other kinds than the default, rope_scaling; 5 has rope_parameters.
+    rope = {"rope_theta": getattr(c, "rope_theta", 10000.0)}
+    rope |= (getattr(c, "rope_scaling", None) or {}) | (getattr(c, "rope_parameters", None) or {})
+    found = {name: (getattr(c, name, allowed[0]), allowed) for name, allowed in family.requires.items()}
+    found["rope_type"] = rope.get("rope_type", rope.get("type", "default")), ("default",)
+    found["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0), (1.0,)
+    found["head_dim"] = getattr(c, "head_dim", None), (None, d_model / c.num_attention_heads)
+    for name, (value, allowed) in found.items():
+        if value not in allowed:
+            raise ValueError(f"this checkpoint has {name} {value!r}; allowed: {', '.join(map(str, allowed))}")
+    biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    return family.settings | dict(
+        memory="attention", depth=0, pattern=("memory",), project=True, conv=0, qk_norm=False, y_norm=False,
+        vocab_size=len(embed), d_model=d_model, n_layer=c.num_hidden_layers, n_head=c.num_attention_heads,
+        n_kv_head=getattr(c, "num_key_value_heads", None) or 0, window=getattr(c, "sliding_window", None) or 0,
+        rope_theta=rope["rope_theta"], n_position=0 if family.settings["rotary"] else c.max_position_embeddings,
+        norm_eps=getattr(c, family.norm_eps), bias=any("attn." in b for b in biases), mlp_bias=any("mlp." in b for b in biases),
+        cms_hidden=model.get_submodule(family.names["blocks.{}.cms.levels.0.w_out"].format(0)).weight.numel() / d_model**2,
+        tied=model.get_output_embeddings().weight is embed,
+    )  # fmt: skip
+
+
+def copy_modules(ours: nn.Module, to: str, theirs: nn.Module, source: str) -> None:
+    """Copy weights and biases between modules named by `to` and `source`; of several, the rows are joined and split."""
+    targets, sources = ([root.get_submodule(s) for s in names.split()] for root, names in ((ours, to), (theirs, source)))
+    for what in ("weight", "bias"):
+        rows = [getattr(m, what, None) for m in sources]
+        if rows[0] is None:  # a bias that only we have stays 0
+            continue
+        rows = [r.T if type(m).__name__ == "Conv1D" and r.ndim == 2 else r for m, r in zip(sources, rows)]
+        parts = [getattr(m, what) for m in targets]
+        for part, row in zip(parts, torch.cat(rows).split([len(p) for p in parts])):
+            part.copy_(row)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

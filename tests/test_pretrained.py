@@ -1,0 +1,183 @@
+"""Level stacking: a pre-trained Transformer becomes Hope-Attention, with the same logits until its CMS is written."""
+
+import importlib.util
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_hope import assert_states_equal, cut
+
+import hope
+
+transformers = pytest.importorskip("transformers", reason='needs: pip install "nested-learning-hope[pretrained]"')
+INF = hope.INF
+SHAPE = dict(vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, bos_token_id=None, eos_token_id=None)
+LLAMA = dict(SHAPE, intermediate_size=24, num_key_value_heads=2, rms_norm_eps=1e-3)
+KINDS = {
+    "llama": ("Llama", dict(LLAMA, rope_theta=500.0)),
+    "llama, tied": ("Llama", dict(LLAMA, tie_word_embeddings=True)),
+    "llama, biases": ("Llama", dict(LLAMA, attention_bias=True, mlp_bias=True)),
+    "mistral, window": ("Mistral", dict(LLAMA, sliding_window=5)),
+    "qwen2": ("Qwen2", LLAMA),
+    "gpt2": ("GPT2", dict(SHAPE, n_positions=40, n_inner=24)),
+    "gpt2, untied": ("GPT2", dict(SHAPE, n_positions=40, tie_word_embeddings=False)),
+}
+
+
+def pretrained(kind: str, **options):
+    """A random model of transformers, every parameter away from its start value."""
+    torch.manual_seed(0)
+    name, given = KINDS[kind]
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    config = getattr(transformers, name + "Config")(**{**given, **options})
+    model = getattr(transformers, name + head)(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cms", [(4,), (4, 8), (INF, 4)])
+def test_logits_are_the_original_s_when_nothing_is_written(kind, cms):
+    original, x = pretrained(kind), tokens(2, 21)
+    model = hope.from_pretrained(original, cms=cms, cms_rate=(0.0,))
+    with torch.no_grad():
+        expected = original(x).logits
+        logits = model(x)[0]
+        loss = model.observe(x, reduction="none")[0]
+        # With a rate, a stream that is only read, or is shorter than a chunk, is not written either.
+        unwritten = hope.from_pretrained(original, cms=cms, cms_rate=(1.0,))
+        read = unwritten(x)[0]
+        observed = unwritten.observe(x[:, :5], reduction="none")[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(read, expected, rtol=0, atol=1e-4)
+    targets = F.cross_entropy(expected[:, :-1].mT, x[:, 1:], reduction="none")
+    torch.testing.assert_close(loss, targets, rtol=0, atol=1e-4)
+    torch.testing.assert_close(observed, targets[:, :4], rtol=0, atol=1e-4)
+    assert expected.std() > 0.3
+
+
+def test_the_weights_are_copies_and_a_tied_head_stays_tied():
+    for kind, tied in (("llama", False), ("llama, tied", True), ("gpt2", True), ("gpt2, untied", False)):
+        original = pretrained(kind)
+        model = hope.from_pretrained(original)
+        assert model.config.tied == tied == (model.head is None)
+        ours = {p.data_ptr() for p in model.parameters()}
+        assert not ours & {p.data_ptr() for p in original.parameters()}
+        # What only we have: a scale per attention head and a rate per block.
+        extra = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in original.parameters())
+        assert extra == model.config.n_layer * (model.config.memory.n_head + 1)
+
+
+@settings(max_examples=10, deadline=None)
+@given(kind=st.sampled_from(sorted(KINDS)), cuts=st.lists(st.integers(0, 21), max_size=3), rate=st.sampled_from([0.0, 1.0]))
+def test_any_split_of_a_stream_gives_the_same_result(kind, cuts, rate):
+    model, x = hope.from_pretrained(pretrained(kind), cms=(4, 8), cms_rate=(rate,)).double(), tokens(2, 21)
+    with torch.no_grad():
+        for call in (model, lambda x, state=None: model.observe(x, state=state, reduction="none")):
+            whole, end = call(x)
+            state, parts = None, []
+            for part in cut(x, cuts):
+                out, state = call(part, state)
+                parts.append(out)
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-7, atol=1e-9)
+            assert_states_equal(state, end)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_writes_change_both_matrices_of_every_level_and_then_the_predictions(kind):
+    model, x = hope.from_pretrained(pretrained(kind), cms=(4, 8), cms_rate=(1.0,)), tokens(2, 21)
+    still = hope.from_pretrained(pretrained(kind), cms=(4, 8), cms_rate=(0.0,))
+    with torch.no_grad():
+        loss, state = model.observe(x, reduction="none")
+        same = still.observe(x, reduction="none")[0]
+    torch.testing.assert_close(loss[:, :4], same[:, :4])
+    assert (loss[:, 4:] - same[:, 4:]).abs().max() > 1e-3
+    for pretrained_mlp, added in state.cms:
+        # w_in of an added level learns from its second write on: until its first, w_out is 0.
+        assert all(d.abs().max() > 0 for fast in (pretrained_mlp, added) for d in fast.delta)
+    assert model.blocks[0].cms.levels[1].w_out.weight.abs().max() == 0  # a write is state, the parameters stay
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_generate_says_what_the_original_says(kind):
+    original, prompt = pretrained(kind), tokens(2, 6)
+    ids, said = prompt, hope.from_pretrained(original, cms_rate=(0.0,)).generate(prompt, 8, temperature=0)
+    with torch.no_grad():
+        for _ in range(8):
+            ids = torch.cat([ids, original(ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(said, ids[:, 6:])
+    assert hope.from_pretrained(original, cms=(4,)).generate(prompt, 8).shape == (2, 8)
+
+
+@pytest.mark.parametrize("kind", ["llama, tied", "gpt2"])
+def test_a_folder_is_loaded_and_the_result_trains(kind, tmp_path):
+    original, x = pretrained(kind), tokens(2, 21)
+    original.save_pretrained(tmp_path)
+    model = hope.from_pretrained(str(tmp_path), cms=(4, INF), cms_rate=(0.5,), learn_rates=False)
+    assert not model.config.learn_rates
+    torch.testing.assert_close(model(x)[0], original(x).logits, rtol=0, atol=1e-4)
+    before = model.observe(x, backward=True)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    assert model.observe(x)[0] < before
+    assert model.embed.weight.grad.abs().max() > 0
+
+
+def test_learnt_positions_end_where_the_table_ends():
+    model = hope.from_pretrained(pretrained("gpt2"))
+    _, state = model(tokens(1, 30))
+    _, state = model(tokens(1, 10), state)
+    with pytest.raises(ValueError, match="reaches 41 tokens, but this model has learnt positions for 40; start a new"):
+        model(tokens(1, 1), state)
+
+
+@pytest.mark.parametrize(
+    "kind, options, message",
+    [
+        ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu'; allowed: silu"),
+        ("llama", dict(rope_scaling=dict(rope_type="linear", factor=2.0)), "rope_type 'linear'; allowed: default"),
+        ("llama", dict(head_dim=6), "head_dim 6; allowed: None, 4"),
+        ("qwen2", dict(use_sliding_window=True), "use_sliding_window True; allowed: False"),
+        ("gpt2", dict(activation_function="relu"), "activation_function 'relu'; allowed: gelu_new, gelu_pytorch_tanh"),
+        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx True; allowed: False"),
+    ],
+)
+def test_options_it_cannot_stand_for_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        hope.from_pretrained(pretrained(kind, **options))
+
+
+def test_other_models_and_settings_are_refused_with_the_fix(monkeypatch):
+    with pytest.raises(ValueError, match="cannot take over a Linear; allowed: LlamaForCausalLM, "):
+        hope.from_pretrained(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="cannot take over a GPT2Model; allowed: "):
+        hope.from_pretrained(pretrained("gpt2").transformer)
+    with pytest.raises(ValueError, match="the checkpoint fixes d_model, depth; leave out"):
+        hope.from_pretrained(pretrained("llama"), d_model=8, depth=2)
+    with pytest.raises(ValueError, match=r"unknown setting \['gguf_file'\]"):
+        hope.from_pretrained(pretrained("llama"), gguf_file="x")
+    with pytest.raises(ValueError, match="n_kv_head is 3; give a divisor of n_head 4"):
+        hope.MemoryConfig.preset("attention", n_kv_head=3)
+    with pytest.raises(ValueError, match="rope_theta is 0; it must be above 0"):
+        hope.MemoryConfig.preset("attention", rope_theta=0)
+    with pytest.raises(ValueError, match="n_position is -1; neither can be negative"):
+        hope.HopeConfig(n_position=-1)
+    with pytest.raises(ValueError, match="n_kv_head and bias are for softmax attention"):
+        hope.MemoryConfig(bias=True)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'^transformers is missing; run: pip install "nested-learning-hope\[pretrained\]"$'):
+        hope.from_pretrained("gpt2")
+
+
+def test_transformers_can_be_imported_beside_our_kernels():
+    code = "import kernels; kernels.dgd_chunk; from transformers import AutoModelForCausalLM, LlamaForCausalLM, GPT2LMHeadModel"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(hope.__file__).parent, check=True)
