@@ -528,7 +528,7 @@ class Memory(nn.Module):
         for name, to in (("k", self.to_k), ("v", self.to_v), ("q", self.to_q)):
             if name not in self.adaptive:
                 streams[name] = self._heads(x, to)
-        for name in {"u", "k", "q"} & set(streams):
+        for name in [name for name in ("u", "k", "q") if name in streams]:
             z = F.normalize(streams[name], dim=-1) if c.qk_norm else streams[name]
             streams[name] = rotate(z, state.t, c.rope_theta) if c.rotary and name != "u" else z
         for name, gate in self.gates.items():

@@ -162,12 +162,17 @@ class _Chunk(torch.autograd.Function):
     def forward(ctx, M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, inclusive, delta):
         *out, P, inverse = _chunk(M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, inclusive, delta)
         ctx.save_for_backward(M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, P, inverse)
-        ctx.flags = inclusive, delta
+        ctx.flags, ctx.device = (inclusive, delta), M.device.type
         ctx.set_materialize_grads(False)
         return tuple(out)
 
     @staticmethod
-    def backward(ctx, dM_end, dm_end, dR):
+    def backward(ctx, *grads):
+        with torch.autocast(ctx.device, enabled=False):
+            return _Chunk._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx, dM_end, dm_end, dR):
         *inputs, P, inverse = ctx.saved_tensors
         inclusive, delta = ctx.flags
         if torch.is_grad_enabled():  # a second derivative is wanted: leave it to autograd
