@@ -376,8 +376,8 @@ class Interrupt:
 
 def train(config: TrainConfig, model_config: HopeConfig) -> int:
     """Train, or go on training, in `config.run_dir`. Returns the process's exit code."""
-    device = pick_device(config.device)
     torch.set_flush_denormal(True)  # states that decay to nothing would slow a CPU down fivefold
+    device = pick_device(config.device)
     corpus = Corpus(config.data, config.seq_len)
     run = Run(config.run_dir)
     run.open(config, model_config, corpus.sha256)
