@@ -72,7 +72,8 @@ class MemoryConfig:
     )
     momentum: bool = setting(True, "momentum on the inner gradient, with a learnt gate theta")
     decay: Literal["gate", "fixed", "none"] = setting(
-        "gate", "retention alpha: a learnt gate, a fixed number for every head (RetNet's), or none: nothing is forgotten"
+        "gate",
+        "retention alpha: a learnt gate, a fixed number for every head (RetNet's), or none: nothing is forgotten",
     )
     adaptive: tuple[str, ...] = setting(
         ("k", "v", "eta", "alpha"), "which of k, v, q, eta, alpha are read from memories that are written too"
@@ -81,7 +82,8 @@ class MemoryConfig:
     chunk: int = setting(64, "tokens between two refreshes of the main memory's gradients")
     chunk_proj: int = setting(64, "the same for the memories that produce k, v, q, eta, alpha")
     read: Literal["token", "after", "chunk"] = setting(
-        "token", "token: y_t from the state before token t (eq. 86); after: from the one after it; chunk: the chunk's start"
+        "token",
+        "token: y_t from the state before token t (eq. 86); after: from the one after it; chunk: the chunk's start",
     )
     conv: int = setting(4, "width of the causal depthwise convolution in front; 0 for none")
     qk_norm: bool = setting(True, "l2-normalise keys and queries")
@@ -89,12 +91,16 @@ class MemoryConfig:
     memory_norm: bool = setting(False, "MLP memories with a layer norm inside: x + norm(W1 silu(W2 x))")
     expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width")
     rotary: bool = setting(False, "rotary positions on keys and queries")
-    project: bool = setting(True, "static projections into and out of the heads; off is the paper's literal form, one head")
+    project: bool = setting(
+        True, "static projections into and out of the heads; off is the paper's literal form, one head"
+    )
     remat: int = setting(
         16, "chunks between two states that are kept for the backward pass, which recomputes those between; 0 keeps all"
     )
     window: int = setting(0, "softmax attention only: how many tokens back it sees; 0 for all")
-    n_kv_head: int = setting(0, "softmax attention only: heads of keys and values, shared by the n_head of queries; 0 for n_head")
+    n_kv_head: int = setting(
+        0, "softmax attention only: heads of keys and values, shared by the n_head of queries; 0 for n_head"
+    )
     bias: bool = setting(False, "softmax attention only: biases in its projections")
     y_norm: bool = setting(True, "normalise what a head reads before the projection out of the heads")
     rope_theta: float = setting(10000.0, "rotary positions: base of the frequencies")
@@ -134,9 +140,10 @@ class MemoryConfig:
         for name, off in (("eta", self.step == "one"), ("alpha", self.decay != "gate")):
             if name in self.adaptive and off:
                 raise ValueError(f"adaptive names {name}, which this memory does not have; leave it out of adaptive")
-
         if self.n_kv_head < 0 or self.n_head % (self.n_kv_head or 1):
-            raise ValueError(f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself")
+            raise ValueError(
+                f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself"
+            )
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
         if self.depth > 0 and (self.n_kv_head or self.bias):
@@ -145,7 +152,6 @@ class MemoryConfig:
             raise ValueError(f"memory_norm and expand are for MLP memories, but depth is {self.depth}; set depth=2")
         if (self.rotary or self.depth == 0) and self.d_head % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.d_head}; change n_head or d_model")
-
         if self.rotary and {"k", "q"} & set(self.adaptive):
             raise ValueError("rotary positions are for static keys and queries; take k and q out of adaptive")
 
@@ -162,21 +168,25 @@ class HopeConfig:
     n_layer: int = setting(2, "blocks")
     memory: MemoryConfig = MemoryConfig()
     pattern: tuple[str, ...] = setting(
-        ("memory",), "sequence layers of successive blocks, repeated: memory, or attention over the last `window` tokens"
+        ("memory",),
+        "sequence layers of successive blocks, repeated: memory, or attention over the last `window` tokens",
     )
     cms: tuple[float, ...] = setting(
         (64, 256, INF), "chunk size of each MLP of the continuum memory system; inf moves with the outer optimizer only"
     )
     cms_hidden: float = setting(
-        2.0, "hidden width of each of these MLPs, as a multiple of d_model; presets fit it to the size's parameter budget"
+        2.0,
+        "hidden width of each of these MLPs, as a multiple of d_model; presets fit it to the size's parameter budget",
     )
     cms_rate: tuple[float, ...] = setting(
-        (1.0,), "inner step size per mean gradient of a chunk, one for all in-context levels or one each; 0 for no writes"
+        (1.0,),
+        "inner step size per mean gradient of a chunk, one for all in-context levels or one each; 0 for no writes",
     )
     learn_rates: bool = setting(True, "whether these step sizes are learnt, up to twice the given ones")
     wiring: Literal["sequential", "nested", "independent"] = setting(
-        "sequential", "how levels are joined: in a chain (eq. 73), in a chain with start states learnt one level up (eq. 72), "
-        "or side by side (eq. 74)"
+        "sequential",
+        "how levels are joined: in a chain (eq. 73), in a chain with start states learnt one level up (eq. 72), "
+        "or side by side (eq. 74)",
     )
     mlp: Literal["silu", "swiglu", "gelu"] = setting("silu", "kind of MLP; gelu is its tanh form")
     mlp_bias: bool = setting(False, "biases in the MLPs; they are not written in context")
@@ -470,7 +480,11 @@ class Memory(nn.Module):
         self.to_u = nn.Linear(d, d, bias=False) if c.adaptive and c.project else None
         # A gate is bias + <read, M(x)> per head if adaptive, bias + W x if not. At the start: remember, learn slowly.
         self.gates = nn.ModuleDict()
-        for name, present, bias in (("eta", c.step != "one", -2.0), ("alpha", c.decay == "gate", 4.0), ("theta", c.momentum, 0.0)):
+        for name, present, bias in (
+            ("eta", c.step != "one", -2.0),
+            ("alpha", c.decay == "gate", 4.0),
+            ("theta", c.momentum, 0.0),
+        ):
             if present:
                 self.gates[name] = Gate(h, e, bias) if name in c.adaptive else StaticGate(d, h, bias)
         if c.decay == "fixed":
@@ -891,7 +905,9 @@ class Hope(nn.Module):
         """
         state = self._check(tokens, state)
         if state.pending is not None:
-            raise ValueError("this state has a pending token from observe; continue with observe, or pass targets to it")
+            raise ValueError(
+                "this state has a pending token from observe; continue with observe, or pass targets to it"
+            )
         state = self._close_segment(state)
         logits, memories = self._run(tokens, state.memories, state.cms)
         return logits, replace(state, memories=memories)
@@ -971,8 +987,14 @@ class Hope(nn.Module):
         return loss, replace(state, memories=memories, cms=cms, observed=observed, segment=None)
 
     def _segment(
-        self, open: Segment, tokens: Tensor, targets: Tensor, cms: list, t: int,
-        levels: Sequence[int] | None = None, surprise: float = 0.0,
+        self,
+        open: Segment,
+        tokens: Tensor,
+        targets: Tensor,
+        cms: list,
+        t: int,
+        levels: Sequence[int] | None = None,
+        surprise: float = 0.0,
     ) -> tuple[Tensor, list, list[list[FastMLP | None]]]:
         """Run an open segment's tokens and those that follow, and write the CMS at time t.
 
@@ -1041,11 +1063,15 @@ class Hope(nn.Module):
             for i, prompt in enumerate(tokens):
                 rows.setdefault(len(prompt), []).append(i)
             if state is not None and len(rows) > 1:
-                raise ValueError(f"a state continues prompts of one length, not of {sorted(rows)}; generate for each by itself")
+                raise ValueError(
+                    f"a state continues prompts of one length, not of {sorted(rows)}; generate for each by itself"
+                )
             new = torch.empty(len(tokens), max_new_tokens, dtype=torch.long, device=device)
             for group in rows.values():
                 batch = torch.stack([torch.as_tensor(tokens[i], dtype=torch.long, device=device) for i in group])
-                new[group] = self.generate(batch, max_new_tokens, temperature, top_k, top_p, state, stop, memorize, surprise)
+                new[group] = self.generate(
+                    batch, max_new_tokens, temperature, top_k, top_p, state, stop, memorize, surprise
+                )
             return new
         if tokens.shape[1] == 0 and (state is None or state.pending is None):
             raise ValueError("the prompt is empty; give at least one token")
@@ -1215,7 +1241,9 @@ def pretrained_settings(model: nn.Module, family: Family) -> dict[str, Any]:
 
 def copy_modules(ours: nn.Module, to: str, theirs: nn.Module, source: str) -> None:
     """Copy weights and biases between modules named by `to` and `source`; of several, the rows are joined and split."""
-    targets, sources = ([root.get_submodule(s) for s in names.split()] for root, names in ((ours, to), (theirs, source)))
+    targets, sources = (
+        [root.get_submodule(s) for s in names.split()] for root, names in ((ours, to), (theirs, source))
+    )
     for what in ("weight", "bias"):
         rows = [getattr(m, what, None) for m in sources]
         if rows[0] is None:  # a bias that only we have stays 0
@@ -1266,13 +1294,16 @@ class Levels(list[Level]):
     """Levels from fastest to slowest; prints as a table."""
 
     # Kinds of clock and their colours, the same throughout the book (book/style.mplstyle); the faster, the lighter.
-    CLOCKS = (("solved anew", "#9b3f86"), ("every token", "#e69f00"), ("every chunk", "#2a8f83"), ("outer step", "#1b3a6b"))
+    CLOCKS = (
+        ("solved anew", "#9b3f86"),
+        ("every token", "#e69f00"),
+        ("every chunk", "#2a8f83"),
+        ("outer step", "#1b3a6b"),
+    )
 
     def __str__(self) -> str:
         head = ("level", "component", "every", "context", "objective", "rule", "numbers")
-        rows = [
-            (str(r.level), r.component, r.every, r.context, r.objective, r.rule, f"{r.size:,}") for r in self
-        ]
+        rows = [(str(r.level), r.component, r.every, r.context, r.objective, r.rule, f"{r.size:,}") for r in self]
         widths = [max(map(len, column)) for column in zip(head, *rows)]
         line = lambda row: "  ".join(c.ljust(w) for c, w in zip(row[:-1], widths)) + "  " + row[-1].rjust(widths[-1])
         return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])

@@ -27,7 +27,9 @@ def _segment_products(a: Tensor) -> Tensor:
     return torch.where(lower & ((products > 1e-30) | (products == 0)), products, 0.0)
 
 
-def chunk_gates(alpha: Tensor, theta: Tensor | None, ema: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def chunk_gates(
+    alpha: Tensor, theta: Tensor | None, ema: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the gates of a chunk, each (..., c), make of a write, for every time t = 0..c and token s = 1..c.
 
     Returns gamma (..., c + 1), what is left at t of the start state; decay (..., c + 1, c), what is left at t of a write

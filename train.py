@@ -51,7 +51,9 @@ class TrainConfig:
     steps: int = setting(200, "optimizer steps")
     batch_size: int = setting(2, "sequences a step")
     seq_len: int = setting(512, "tokens of a sequence")
-    optimizer: Literal["muon", "adamw"] = setting("muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all")
+    optimizer: Literal["muon", "adamw"] = setting(
+        "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all"
+    )
     lr: float = setting(1e-2, "peak learning rate")
     warmup: float = setting(0.05, "part of the steps over which the learning rate rises")
     final_lr: float = setting(0.05, "learning rate at the end, as a part of the peak; it falls along a cosine")
@@ -539,8 +541,11 @@ def add_fields(parser: argparse.ArgumentParser, title: str, config: type, skip: 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="train.py", usage="python train.py [FLAG ...]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="train.py",
+        usage="python train.py [FLAG ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     act = parser.add_argument_group("instead of starting a run")
     act.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with the settings it was started with")

@@ -17,7 +17,9 @@ def random_model(config: hope.HopeConfig, seed: int = 0) -> hope.Hope:
 
 
 def small_config(arch: str = "hope", **overrides) -> hope.HopeConfig:
-    settings = dict(vocab_size=11, n_layer=2, d_model=8, n_head=2, cms_hidden=1.0, chunk=4, chunk_proj=4, cms=(6, 12, hope.INF))
+    settings = dict(
+        vocab_size=11, n_layer=2, d_model=8, n_head=2, cms_hidden=1.0, chunk=4, chunk_proj=4, cms=(6, 12, hope.INF)
+    )
     return hope.HopeConfig.preset("tiny", arch, **{**settings, **overrides})
 
 

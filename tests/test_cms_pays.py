@@ -1,6 +1,6 @@
 """Does writing the CMS in context pay? Trained with `train.train`, measured on streams four times as long as in training.
 
-    pytest -m slow tests/test_cms_pays.py -s        about 15 minutes on two cores; prints every figure
+pytest -m slow tests/test_cms_pays.py -s        about 15 minutes on two cores; prints every figure
 """
 
 import inspect
@@ -53,7 +53,9 @@ def test_cms_writes_pay_on_held_out_text_and_on_text_of_another_kind(tmp_path, m
                     row[name, "never written"] = bits_per_byte(model, text)
         rows.append(row)
         with capsys.disabled():
-            print(f"\nseed {seed}: " + "; ".join(f"{name}, {kind} {v:.3f}" for (name, kind), v in row.items()), flush=True)
+            print(
+                f"\nseed {seed}: " + "; ".join(f"{name}, {kind} {v:.3f}" for (name, kind), v in row.items()), flush=True
+            )
     for row in rows:
         for name in texts:
             assert row[name, "writes on"] < row[name, "switched off"] - 0.1, (name, row)

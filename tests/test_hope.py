@@ -133,7 +133,9 @@ def directional(fn, parameters, seed=0, eps=1e-6):
     """(derivative by central differences, derivative by backpropagation) of fn along a random direction."""
     g = torch.Generator().manual_seed(seed)
     along = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in parameters]
-    exact = sum((d * a).sum() for d, a in zip(torch.autograd.grad(fn(), parameters, allow_unused=True), along) if d is not None)
+    exact = sum(
+        (d * a).sum() for d, a in zip(torch.autograd.grad(fn(), parameters, allow_unused=True), along) if d is not None
+    )
     values = []
     for sign in (1, -1):
         with torch.no_grad():
@@ -276,7 +278,9 @@ def test_generate_continues_what_the_model_predicts(arch):
 
 def test_sampling_keeps_to_top_k_and_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, 4)
-    count = lambda **k: torch.bincount(hope.sample(logits, **{**dict(temperature=1.0, top_k=None, top_p=None), **k})[:, 0], minlength=4)
+    count = lambda **k: torch.bincount(
+        hope.sample(logits, **{**dict(temperature=1.0, top_k=None, top_p=None), **k})[:, 0], minlength=4
+    )
     assert (count() > 0).all()
     assert count(top_k=2)[2:].sum() == 0 and count(top_k=2)[1] > 0
     assert count(top_p=0.75)[2:].sum() == 0 and count(top_p=0.75)[1] > 0
@@ -333,5 +337,8 @@ def test_levels_are_ordered_by_definition_2():
 
 
 def test_the_baseline_has_the_same_size():
-    sizes = {arch: sum(p.numel() for p in hope.Hope(hope.HopeConfig.preset("tiny", arch)).parameters()) for arch in ("hope", "transformer++")}
+    sizes = {
+        arch: sum(p.numel() for p in hope.Hope(hope.HopeConfig.preset("tiny", arch)).parameters())
+        for arch in ("hope", "transformer++")
+    }
     assert 0.95 < sizes["hope"] / sizes["transformer++"] < 1.05

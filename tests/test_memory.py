@@ -64,7 +64,11 @@ def specification(memory, x):
                 return x[t] @ g.weight[h] + g.bias[h]
 
             eta = torch.ones(()).double() if c.step == "one" else F.softplus(gate("eta"))
-            alpha = {"gate": lambda: torch.sigmoid(gate("alpha")), "fixed": lambda: 1 - 2.0 ** (-5 - h), "none": lambda: 1.0}
+            alpha = {
+                "gate": lambda: torch.sigmoid(gate("alpha")),
+                "fixed": lambda: 1 - 2.0 ** (-5 - h),
+                "none": lambda: 1.0,
+            }
             alpha = alpha[c.decay]()
             theta = torch.sigmoid(gate("theta")) if c.momentum else None
             before = now["main"]
@@ -149,7 +153,9 @@ def test_the_papers_literal_form():
         torch.testing.assert_close(memory(x)[0][0, t], y)
         k, v = F.normalize(run(M["k"], x_t), dim=0), run(M["v"], x_t)
         eta = F.softplus(memory.gates["eta"].read[0, 0] @ run(M["eta"], x_t) + memory.gates["eta"].bias[0, 0])
-        alpha = torch.sigmoid(memory.gates["alpha"].read[0, 0] @ run(M["alpha"], x_t) + memory.gates["alpha"].bias[0, 0])
+        alpha = torch.sigmoid(
+            memory.gates["alpha"].read[0, 0] @ run(M["alpha"], x_t) + memory.gates["alpha"].bias[0, 0]
+        )
         new = {}
         for b, W in M.items():
             target = scale[b] * F.normalize(run(W, v), dim=0)  # eq. 84
@@ -157,7 +163,9 @@ def test_the_papers_literal_form():
             grads = torch.autograd.grad(0.5 * (run(leaves, k) - target.detach()).square().sum(), leaves)
             z = [k, F.silu(W[0] @ k)]
             steps = [eta / (1 + eta * u @ u) for u in z]  # eq. 56's minimiser
-            new[b] = tuple(w @ (alpha * torch.eye(4) - s * torch.outer(u, u)) - s * g for w, s, u, g in zip(W, steps, z, grads))
+            new[b] = tuple(
+                w @ (alpha * torch.eye(4) - s * torch.outer(u, u)) - s * g for w, s, u, g in zip(W, steps, z, grads)
+            )
         M = new  # eq. 88
 
 
@@ -187,7 +195,9 @@ def literature(name, memory, x, chunk):
             alpha = torch.sigmoid(gate("alpha")) if name == "gated-deltanet" else torch.ones(len(x), dtype=x.dtype)
             for t in range(len(x)):
                 beta = eta[t] / (1 + eta[t]) / alpha[t]
-                S = alpha[t] * S @ (torch.eye(e) - beta * torch.outer(k[t], k[t])) + beta * torch.outer(alpha[t] * v[t], k[t])
+                S = alpha[t] * S @ (torch.eye(e) - beta * torch.outer(k[t], k[t])) + beta * torch.outer(
+                    alpha[t] * v[t], k[t]
+                )
                 reads.append(S @ q[t])
         else:  # an MLP memory f(W; x) = x + LN(W1 silu(W2 x)), gradients at the chunk's start
             now = [memory.start["main_0"][h, 0], memory.start["main_1"][h, 0]]

@@ -39,4 +39,8 @@ def test_top_level_modules_are_the_three():
 
 def test_readme_begins_with_the_two_commands():
     text = (ROOT / "README.md").read_text()
-    assert text.index("`pip install -e . && python train.py`") < text.index('`pip install -e ".[test]" && pytest --nbval`') < 1000
+    assert (
+        text.index("`pip install -e . && python train.py`")
+        < text.index('`pip install -e ".[test]" && pytest --nbval`')
+        < 1000
+    )

@@ -18,7 +18,9 @@ import hope
 
 transformers = pytest.importorskip("transformers", reason='needs: pip install "nested-learning-hope[pretrained]"')
 INF = hope.INF
-SHAPE = dict(vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, bos_token_id=None, eos_token_id=None)
+SHAPE = dict(
+    vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, bos_token_id=None, eos_token_id=None
+)
 LLAMA = dict(SHAPE, intermediate_size=24, num_key_value_heads=2, rms_norm_eps=1e-3)
 KINDS = {
     "llama": ("Llama", dict(LLAMA, rope_theta=500.0)),
@@ -78,7 +80,9 @@ def test_the_weights_are_copies_and_a_tied_head_stays_tied():
 
 
 @settings(max_examples=10, deadline=None)
-@given(kind=st.sampled_from(sorted(KINDS)), cuts=st.lists(st.integers(0, 21), max_size=3), rate=st.sampled_from([0.0, 1.0]))
+@given(
+    kind=st.sampled_from(sorted(KINDS)), cuts=st.lists(st.integers(0, 21), max_size=3), rate=st.sampled_from([0.0, 1.0])
+)
 def test_any_split_of_a_stream_gives_the_same_result(kind, cuts, rate):
     model, x = hope.from_pretrained(pretrained(kind), cms=(4, 8), cms_rate=(rate,)).double(), tokens(2, 21)
     with torch.no_grad():
@@ -174,7 +178,9 @@ def test_other_models_and_settings_are_refused_with_the_fix(monkeypatch):
     with pytest.raises(ValueError, match="n_kv_head and bias are for softmax attention"):
         hope.MemoryConfig(bias=True)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'^transformers is missing; run: pip install "nested-learning-hope\[pretrained\]"$'):
+    with pytest.raises(
+        ImportError, match=r'^transformers is missing; run: pip install "nested-learning-hope\[pretrained\]"$'
+    ):
         hope.from_pretrained("gpt2")
 
 

@@ -19,9 +19,7 @@ BOOK = ROOT / "book"
 CHAPTER = "01-associative-memory"
 CHAPTERS = sorted(p.stem for p in (BOOK / "text").glob("*.md"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
-)
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
 
 
 def build(book: Path, out: Path) -> Path:
@@ -62,7 +60,9 @@ def address(site: Path) -> Iterator[str]:
 def browser() -> Iterator:
     if CHROMIUM is None:
         pytest.skip("no chromium on the PATH; install it to test the pages (apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'"
+    )
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         yield browser
@@ -99,7 +99,9 @@ def test_mathematics_is_rendered(chapter: Visit) -> None:
     page = chapter.page
     sources, drawn = page.locator(".math").count(), page.locator("mjx-container").count()
     assert sources > 10 and drawn == sources
-    assert page.evaluate("[...document.querySelectorAll('mjx-container')].every(m => m.getBoundingClientRect().width > 1)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('mjx-container')].every(m => m.getBoundingClientRect().width > 1)"
+    )
     assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
     prose = page.evaluate("""() => {
         const article = document.querySelector('article').cloneNode(true);
@@ -149,7 +151,9 @@ def test_a_solution_is_hidden_until_it_is_clicked(browser, address: str) -> None
 def test_search_finds_a_word_of_the_text(browser, address: str) -> None:
     visit = Visit(browser, address, "search.html?q=crosstalk")
     visit.page.wait_for_selector("ul.search li a")
-    assert any(CHAPTER in link for link in visit.page.eval_on_selector_all("ul.search li a", "all => all.map(a => a.href)"))
+    assert any(
+        CHAPTER in link for link in visit.page.eval_on_selector_all("ul.search li a", "all => all.map(a => a.href)")
+    )
     assert visit.outside == []
     visit.page.close()
 

@@ -2,14 +2,12 @@
 
 import math
 import resource
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from conftest import random_model, small_config, tokens
-from test_hope import assert_states_equal, cut, flat
+from test_hope import assert_states_equal, flat
 
 import hope
 
@@ -133,7 +131,9 @@ def test_kept_activations_do_not_grow_with_chunks_times_state():
         torch.manual_seed(0)
         memory = hope.Memory(hope.MemoryConfig(d_model=32, n_head=1, chunk=8, chunk_proj=8, remat=remat))
         seen = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda z: seen.setdefault(z.data_ptr(), z.untyped_storage().nbytes()) and z, lambda z: z):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda z: seen.setdefault(z.data_ptr(), z.untyped_storage().nbytes()) and z, lambda z: z
+        ):
             memory(torch.randn(1, t, 32))
         return sum(seen.values())
 

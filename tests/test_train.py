@@ -151,7 +151,9 @@ def test_bad_commands_get_one_line_with_the_fix(capsys):
 def test_a_run_directory_is_never_overwritten_by_another_run(capsys):
     run("--steps", "1", "--out", "mine")
     capsys.readouterr()
-    assert "mine holds a run with steps = 1, not 2; use another directory" in error(capsys, *SMALL, "--out", "mine", "--steps", "2")
+    assert "mine holds a run with steps = 1, not 2; use another directory" in error(
+        capsys, *SMALL, "--out", "mine", "--steps", "2"
+    )
     assert "chunk = 16, not 8" in error(capsys, *SMALL, "--out", "mine", "--steps", "1", "--chunk", "8")
     assert "--lr 0.5 differs from 0.01" in error(capsys, "--resume", "mine", "--lr", "0.5")
     Path("text.txt").write_text(Path("text.txt").read_text() + "more")

@@ -55,7 +55,12 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the hope layer's time goes at length 1024")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    layers = {"attention": layer("attention"), "hope": layer("hope"), "titans": layer("titans"), "deltanet": layer("deltanet")}
+    layers = {
+        "attention": layer("attention"),
+        "hope": layer("hope"),
+        "titans": layer("titans"),
+        "deltanet": layer("deltanet"),
+    }
     if other := neural_memory():
         layers["titans-pytorch"] = other
     print(f"{torch.get_num_threads()} threads; tokens/s of forward + backward, in parts of attention's")
