@@ -227,7 +227,8 @@ class Run:
                     f"use another directory (--out DIR) or go on with that run (--resume {self.path})"
                 )
             return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        # A hidden file is what a process killed in its first second leaves; anything else is somebody's.
+        if self.path.exists() and not (self.path.is_dir() and all(p.name[0] == "." for p in self.path.iterdir())):
             raise UserError(f"{self.path} exists and is no run directory; use another one (--out DIR)")
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,12 @@ def test_a_killed_run_loses_only_the_steps_after_its_checkpoint():
     assert [r["loss"] for r in rows("cut")] == [r["loss"] for r in rows("whole")]
 
 
+def test_a_run_killed_before_it_began_can_be_started_again():
+    os.makedirs("begun")
+    Path("begun/.config.json.new").write_text('{"train"')
+    assert run("--steps", "1", "--out", "begun") == 0 and len(rows("begun")) == 1
+
+
 def error(capsys, *args):
     """Run a command that must be refused: exit code 2 and one line on stderr, which is returned."""
     before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
