@@ -287,14 +287,15 @@ class HopeConfig:
 # States
 
 
-def map_state(fn: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """Apply `fn` to every tensor of a state (dataclasses, lists and tuples of tensors)."""
+def map_state(fn: Callable[..., Tensor], state: Any, *others: Any) -> Any:
+    """Apply `fn` to every tensor of a state (dataclasses, lists and tuples), together with those of states like it."""
     if isinstance(state, Tensor):
-        return fn(state)
+        return fn(state, *others)
     if is_dataclass(state):
-        return replace(state, **{f.name: map_state(fn, getattr(state, f.name)) for f in fields(state)})
+        parts = {f.name: map_state(fn, *(getattr(s, f.name) for s in (state, *others))) for f in fields(state)}
+        return replace(state, **parts)
     if isinstance(state, (list, tuple)):
-        return type(state)(map_state(fn, s) for s in state)
+        return type(state)(map_state(fn, *s) for s in zip(state, *others))
     return state
 
 
@@ -542,9 +543,11 @@ class Memory(nn.Module):
         for name, to in (("k", self.to_k), ("v", self.to_v), ("q", self.to_q)):
             if name not in self.adaptive:
                 streams[name] = self._heads(x, to)
-        for name in [name for name in ("u", "k", "q") if name in streams]:
-            z = F.normalize(streams[name], dim=-1) if c.qk_norm else streams[name]
-            streams[name] = rotate(z, state.t, c.rope_theta) if c.rotary and name != "u" else z
+        for name in ("u", "k", "q"):
+            if name in streams and c.qk_norm:
+                streams[name] = F.normalize(streams[name], dim=-1)
+            if name in streams and c.rotary and name != "u":
+                streams[name] = rotate(streams[name], state.t, c.rope_theta)
         for name, gate in self.gates.items():
             if name not in self.adaptive:
                 streams[name] = GATES[name](gate(x))
@@ -862,20 +865,17 @@ class Hope(nn.Module):
             )
         fresh, rows = self.init_state(1), torch.as_tensor(rows)
 
-        def merge(old: Any, new: Any) -> Any:
-            if isinstance(old, AttentionState):
-                first = old.first.clone()
-                first[rows] = old.k.shape[2]
-                return replace(old, tail=merge(old.tail, new.tail), first=first)
-            if isinstance(old, Tensor):
-                old = old.clone()
-                old[rows] = new.to(old.dtype)
-                return old
-            if is_dataclass(old):
-                return replace(old, **{f.name: merge(getattr(old, f.name), getattr(new, f.name)) for f in fields(old)})
-            return [merge(a, b) for a, b in zip(old, new)] if isinstance(old, list) else old
+        def put(old: Tensor, new: Tensor) -> Tensor:
+            old = old.clone()
+            old[rows] = new.to(old.dtype)
+            return old
 
-        return replace(state, memories=merge(state.memories, fresh.memories), cms=merge(state.cms, fresh.cms))
+        memories = []
+        for old, new in zip(state.memories, fresh.memories):
+            if isinstance(old, AttentionState):  # keys are as many as before, only out of these sequences' sight
+                new = replace(new, k=old.k[rows], v=old.v[rows], first=torch.full_like(new.first, old.k.shape[2]))
+            memories.append(map_state(put, old, new))
+        return replace(state, memories=memories, cms=map_state(put, state.cms, fresh.cms))
 
     def _run(self, tokens: Tensor, memories: list, cms: list) -> tuple[Tensor, list]:
         x, new = self.embed(tokens), []
