@@ -27,6 +27,35 @@ def tokens(b: int, t: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 11, (b, t), generator=torch.Generator().manual_seed(seed))
 
 
+def cut(x: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
+    """x: (b, t) -> its pieces between the cuts."""
+    edges = [0, *sorted(cuts), x.shape[1]]
+    return [x[:, a:b] for a, b in zip(edges, edges[1:])]
+
+
+def flat(state) -> list[torch.Tensor]:
+    """Every tensor of a state."""
+    found = []
+    hope.map_state(lambda z: found.append(z) or z, state)
+    return found
+
+
+def assert_states_equal(a, b) -> None:
+    for x, y in zip(flat(a), flat(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-9)
+
+
+def assert_any_split_agrees(call, cuts: list[int], *streams: torch.Tensor) -> None:
+    """call(*streams, state) -> (output, state) gives on the pieces of its streams (b, t) what it gives on the whole."""
+    whole, end = call(*streams, None)
+    state, parts = None, []
+    for pieces in zip(*(cut(x, cuts) for x in streams)):
+        out, state = call(*pieces, state)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-7, atol=1e-9)
+    assert_states_equal(state, end)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_model, small_config, tokens
+from conftest import assert_any_split_agrees, assert_states_equal, cut, flat, random_model, small_config, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,22 +30,6 @@ def configs(draw):
     )  # fmt: skip
 
 
-def cut(x, cuts):
-    edges = [0, *sorted(cuts), x.shape[1]]
-    return [x[:, a:b] for a, b in zip(edges, edges[1:])]
-
-
-def flat(state):
-    found = []
-    hope.map_state(lambda z: found.append(z) or z, state)
-    return found
-
-
-def assert_states_equal(a, b, **tolerance):
-    for x, y in zip(flat(a), flat(b), strict=True):
-        torch.testing.assert_close(x, y, **{**dict(rtol=1e-7, atol=1e-9), **tolerance})
-
-
 cases = settings(max_examples=20, deadline=None)
 lengths = st.integers(1, 13)
 
@@ -56,22 +40,9 @@ def test_any_split_of_a_stream_gives_the_same_result(config, t, cuts):
     model, x, y = random_model(config), tokens(2, t), tokens(2, t, seed=1)
     cuts = [min(c, t) for c in cuts]
     with torch.no_grad():
-        whole, end = model(x)
-        state, parts = None, []
-        for part in cut(x, cuts):
-            logits, state = model(part, state)
-            parts.append(logits)
-        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-7, atol=1e-9)
-        assert_states_equal(state, end)
-
-    for targets in (y, None):
-        whole, end = model.observe(x, targets, reduction="none")
-        state, parts = None, []
-        for part, target in zip(cut(x, cuts), cut(y, cuts)):
-            loss, state = model.observe(part, None if targets is None else target, state, reduction="none")
-            parts.append(loss)
-        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-7, atol=1e-9)
-        assert_states_equal(state, end)
+        assert_any_split_agrees(model, cuts, x)
+    assert_any_split_agrees(lambda x, y, state: model.observe(x, y, state, reduction="none"), cuts, x, y)
+    assert_any_split_agrees(lambda x, state: model.observe(x, None, state, reduction="none"), cuts, x)
 
 
 @cases

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tokens
+from conftest import assert_any_split_agrees, cut, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_hope import assert_states_equal, cut
 
 import hope
 
@@ -86,14 +85,8 @@ def test_the_weights_are_copies_and_a_tied_head_stays_tied():
 def test_any_split_of_a_stream_gives_the_same_result(kind, cuts, rate):
     model, x = hope.from_pretrained(pretrained(kind), cms=(4, 8), cms_rate=(rate,)).double(), tokens(2, 21)
     with torch.no_grad():
-        for call in (model, lambda x, state=None: model.observe(x, state=state, reduction="none")):
-            whole, end = call(x)
-            state, parts = None, []
-            for part in cut(x, cuts):
-                out, state = call(part, state)
-                parts.append(out)
-            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-7, atol=1e-9)
-            assert_states_equal(state, end)
+        assert_any_split_agrees(model, cuts, x)
+        assert_any_split_agrees(lambda x, state: model.observe(x, state=state, reduction="none"), cuts, x)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -6,8 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import random_model, small_config, tokens
-from test_hope import assert_states_equal, flat
+from conftest import assert_states_equal, flat, random_model, small_config, tokens
 
 import hope
 
