@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -377,6 +376,27 @@ class Interrupt:
             signal.signal(s, handler)
 
 
+class Progress:
+    """A progress bar on a terminal; elsewhere a line at every validation."""
+
+    def __init__(self, start: int, stop: int):
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=stop, initial=start, disable=None, bar_format=form, leave=True)
+
+    def show(self, row: dict) -> None:
+        text = f"loss {row['loss'] / math.log(2):.2f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
+        if "val_bpb" in row:
+            self.bar.write(f"step {row['step']:>5}: {text}, validation {row['val_bpb']:.3f} bits/byte")
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+
+
 def train(config: TrainConfig, model_config: HopeConfig) -> int:
     """Train, or go on training, in `config.run_dir`. Returns the process's exit code."""
     torch.set_flush_denormal(True)  # states that decay to nothing would slow a CPU down fivefold
@@ -398,12 +418,13 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
     print(f"{len(corpus.train):,} bytes of training text, {len(corpus.val):,} held out ({config.data}), on {device}\n")
     print(f"{hope.levels(model, optimizers)}\n")
 
-    seen, clock, row = 0, time.perf_counter(), {}
-    with Interrupt() as interrupt:
-        for step in progress(start, config.steps):
+    step, seen, clock = start, 0, time.perf_counter()
+    with Interrupt() as interrupt, Progress(start, config.steps) as progress:
+        while step < config.steps:
+            lr = learning_rate(step, config)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, config)
+                    group["lr"] = lr
                 optimizer.zero_grad()
             x, y = corpus.batch(step, config.batch_size, config.seed)
             loss, _ = model.observe(x.to(device), y.to(device), backward=True)
@@ -418,63 +439,52 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
             step, seen = step + 1, seen + x.numel()
             speed = seen / (time.perf_counter() - clock)
             row = {
-                "step": step, "loss": loss.item(), "lr": learning_rate(step - 1, config), "grad_norm": norm.item(),
+                "step": step, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(),
                 "tokens": step * x.numel(), "tokens_per_s": round(speed, 1),
             }  # fmt: skip
-            last = step == config.steps or interrupt.hit
             if step % config.eval_every == 0 or step == config.steps:
                 row["val_loss"] = validate(model, corpus, device)
                 row["val_bpb"] = row["val_loss"] / math.log(2)
             run.append(row)
-            if step % config.save_every == 0 or last:
+            stop = step == config.steps or interrupt.hit
+            if step % config.save_every == 0 or stop:
                 run.save(step, model, optimizers, config.keep)
                 run.plot(title)
             progress.show(row)
-            if interrupt.hit and step < config.steps:
-                progress.close()
-                print(f"\nStopped and saved after step {step}. To go on: python train.py --resume {run.path}")
-                return 130
-    progress.close()
+            if stop:
+                break
+    if step < config.steps:
+        print(f"\nStopped and saved after step {step}. To go on: python train.py --resume {run.path}")
+        return 130
     print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
     print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
-    print(sample_text(model, "The ", 300, 1.0, None, 0.9, config.seed))
+    print(sample_text(model, seed=config.seed, **SAMPLING))
     print(f'\nMore: python train.py --sample {run.path} --prompt "The "')
     return 0
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere a line at every validation."""
-
-    def __call__(self, start: int, stop: int) -> Iterator[int]:
-        bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=stop, initial=start, disable=None, bar_format=bar, leave=True)
-        yield from range(start, stop)
-
-    def show(self, row: dict) -> None:
-        text = f"loss {row['loss'] / math.log(2):.2f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
-        if "val_bpb" in row:
-            self.bar.write(f"step {row['step']:>5}: {text}, validation {row['val_bpb']:.3f} bits/byte")
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-progress = Progress()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
+# What a sample is drawn with unless flags say otherwise, at the end of training and by --sample.
+SAMPLING = {"prompt": "The ", "max_new_tokens": 300, "temperature": 1.0, "top_k": None, "top_p": 0.9}
+
+
 def sample_text(
-    model: Hope, prompt: str, n: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
+    model: Hope,
+    *,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
 ) -> str:
     device = model.embed.weight.device
     torch.manual_seed(seed)
     tokens = torch.tensor([list(prompt.encode())], device=device)
-    new = model.generate(tokens, n, temperature, top_k, top_p)
+    new = model.generate(tokens, max_new_tokens, temperature, top_k, top_p)
     return prompt + bytes(new[0].tolist()).decode(errors="replace")
 
 
@@ -488,7 +498,7 @@ def sample(args: argparse.Namespace) -> int:
     model = Hope(model_config).to(pick_device(args.device or config.device))
     run.load(run.saved()[-1], model)
     seed = config.seed if args.seed is None else args.seed
-    print(sample_text(model, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, seed))
+    print(sample_text(model, seed=seed, **{name: getattr(args, name) for name in SAMPLING}))
     return 0
 
 
@@ -551,11 +561,12 @@ def make_parser() -> argparse.ArgumentParser:
     act = parser.add_argument_group("instead of starting a run")
     act.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with the settings it was started with")
     act.add_argument("--sample", metavar="DIR", help="print a sample from the newest checkpoint of the run in DIR")
-    act.add_argument("--prompt", default="The ", metavar="TEXT", help="what the sample starts with (default: 'The ')")
-    act.add_argument("--max-new-tokens", type=int, default=300, metavar="N", help="length of the sample (default: 300)")
-    act.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest (default: 1)")
+    act.add_argument("--prompt", metavar="TEXT", help="what the sample starts with (default: '%(default)s')")
+    act.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the sample (default: %(default)s)")
+    act.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest (default: %(default)s)")
     act.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens only")
-    act.add_argument("--top-p", type=float, default=0.9, metavar="X", help="sample among the likeliest tokens that have X of the probability (default: 0.9)")  # fmt: skip
+    act.add_argument("--top-p", type=float, metavar="X", help="sample among the likeliest tokens that have X of the probability (default: %(default)s)")  # fmt: skip
+    parser.set_defaults(**SAMPLING)
     add_fields(parser, "training", TrainConfig)
     add_fields(parser, "model (defaults are those of --arch hope)", HopeConfig, skip=("memory", "vocab_size"))
     add_fields(parser, "memory, the sequence layer (defaults are those of --arch hope)", MemoryConfig)
