@@ -312,7 +312,7 @@ class Weights:
 class MemoryState:
     t: int  # tokens seen
     tail: Tensor | None  # (b, conv - 1, d) inputs that the convolution still needs
-    proj: Weights | None
+    proj: Weights | None  # None also if all memories have one chunk size: they then stand together in `main`, M last
     main: Weights
 
 
@@ -399,21 +399,22 @@ def apply_memory(layers: Sequence[Tensor], x: Tensor, norm: bool = False) -> Ten
 
 def inner_gradients(
     layers: Sequence[Tensor], k: Tensor, v: Tensor, objective: str, norm: bool = False
-) -> list[tuple[Tensor, Tensor]]:
-    """Per layer its input (..., c, i) and the inner loss's gradient at its output (..., c, o), each token by itself."""
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per layer its input x (..., c, i), what it makes of it, W x, and the inner loss's gradient there (..., c, o)."""
     if len(layers) == 1:
-        return [(k, k @ layers[0].mT - v if objective == "l2" else -v)]
+        y = k @ layers[0].mT
+        return [(k, y, y - v if objective == "l2" else -v)]
     w2, w1 = layers
     z = k @ w2.mT
     gate = torch.sigmoid(z)
     hidden = z * gate
-    y = hidden @ w1.mT
+    out = y = hidden @ w1.mT
     if norm:
         y, std = F.layer_norm(y, y.shape[-1:]), (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     d1 = k + y - v if objective == "l2" else -v
     if norm:  # through the layer norm
         d1 = (d1 - d1.mean(-1, keepdim=True) - y * (d1 * y).mean(-1, keepdim=True)) / std
-    return [(k, (d1 @ w1) * (gate * (1 + z - hidden))), (hidden, d1)]
+    return [(k, z, (d1 @ w1) * (gate * (1 + z - hidden))), (hidden, out, d1)]
 
 
 def rotate(x: Tensor, start: int, theta: float = 10000.0) -> Tensor:
@@ -491,9 +492,10 @@ class Memory(nn.Module):
         if c.decay == "fixed":
             self.register_buffer("fixed_alpha", 1 - 2.0 ** -(5 + torch.arange(h)).view(h, 1), persistent=False)
         self.start = nn.ParameterDict()
-        for group, n in (("proj", len(self.adaptive)), ("main", 1)):
-            if n == 0:
-                continue
+        # Memories with one clock are run together, the main one last.
+        parts = {"proj": len(self.adaptive), "main": 1} if self.adaptive else {"main": 1}
+        self.groups = {"main": list(parts)} if c.chunk == c.chunk_proj else {part: [part] for part in parts}
+        for group, n in parts.items():
             if c.depth == 1:
                 self.start[f"{group}_0"] = nn.Parameter(torch.zeros(h, n, e, e))
             else:
@@ -510,12 +512,15 @@ class Memory(nn.Module):
     def init_state(self, b: int) -> MemoryState:
         """The state of b sequences before their first token."""
 
-        def group(name: str) -> Weights:
-            now = [w.expand(b, *w.shape) for w in self.start_weights(name)]
+        def group(name: str) -> Weights | None:
+            if name not in self.groups:
+                return None
+            layers = zip(*(self.start_weights(part) for part in self.groups[name]))
+            now = [torch.cat(layer, 1).expand(b, -1, -1, -1, -1) for layer in layers]
             momentum = [torch.zeros_like(w) for w in now] if self.config.momentum else None
             return Weights(now, momentum, now)
 
-        return MemoryState(0, self._empty_tail(b), group("proj") if self.adaptive else None, group("main"))
+        return MemoryState(0, self._empty_tail(b), group("proj"), group("main"))
 
     def _empty_tail(self, b: int) -> Tensor | None:
         if self.conv is None:
@@ -557,7 +562,8 @@ class Memory(nn.Module):
             streams = {name: z if z.dtype == torch.float64 else z.float() for name, z in streams.items()}
             spans = cut_streams(streams, lambda s: c.remat * c.chunk or x.shape[1])
             for n, span in spans:
-                if len(spans) > 1 and torch.is_grad_enabled():
+                # The last span's graph is needed first, and is no larger than the one recomputed after it.
+                if t + n < state.t + x.shape[1] and torch.is_grad_enabled():
                     y, groups = checkpoint(self._span, span, groups, t, use_reentrant=False)
                 else:
                     y, groups = self._span(span, groups, t)
@@ -583,7 +589,8 @@ class Memory(nn.Module):
         """Tokens that lie within one chunk: streams (b, h, c, e), gates (b, h, c) -> y (b, h, c, e), new groups."""
         c, z = self.config, dict(streams)
         if self.adaptive:
-            reads = apply_memory(groups["proj"].anchor, z["u"].unsqueeze(2), c.memory_norm)
+            source = groups.get("proj", groups["main"]).anchor
+            reads = apply_memory([w[:, :, : len(self.adaptive)] for w in source], z["u"].unsqueeze(2), c.memory_norm)
             for name, read in zip(self.adaptive, reads.unbind(2)):
                 if name in self.gates:
                     read = GATES[name](self.gates[name](read))
@@ -599,16 +606,19 @@ class Memory(nn.Module):
             if c.self_values:
                 value = apply_memory(group.anchor, v, c.memory_norm)
                 if c.value_norm:
-                    value = self.start[f"{name}_scale"] * F.normalize(value, dim=-1)
+                    scale = torch.cat([self.start[f"{part}_scale"] for part in self.groups[name]], 1)
+                    value = scale * F.normalize(value, dim=-1)
             query = y if name == "main" and c.read != "chunk" else None
             now, momentum = [], []
-            for layer, (x, grad) in enumerate(inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)):
+            gradients = inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)
+            for layer, (x, Wx, grad) in enumerate(gradients):
                 step = eta / c.chunk if c.step == "mean" else eta
                 if c.step == "exact":
                     step = eta / (1 + eta * x.square().sum(-1))
                 weights, m, query = dgd_chunk(
                     group.now[layer], x, grad, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
-                    m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through,
+                    m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through, readers=1,
+                    MX=Wx if group.now[layer] is group.anchor[layer] else None,
                 )  # fmt: skip
                 now.append(weights)
                 momentum.append(m)
@@ -616,7 +626,7 @@ class Memory(nn.Module):
                     query = F.silu(query)
             new[name] = Weights(now, momentum if c.momentum else None, group.anchor)
         if query is None:
-            y = apply_memory(groups["main"].anchor, y, c.memory_norm)
+            y = apply_memory([w[:, :, -1:] for w in groups["main"].anchor], y, c.memory_norm)
         elif c.depth == 1:
             y = query
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,10 +20,8 @@ def _segment_products(a: Tensor) -> Tensor:
     """
     c = a.shape[-1]
     lower = torch.ones(c + 1, c + 1, dtype=torch.bool, device=a.device).tril()
-    below = torch.ones(c, c + 1, dtype=torch.bool, device=a.device).tril()
-    factors = torch.where(below, a.unsqueeze(-1), 1.0)
-    first = torch.ones_like(factors[..., :1, :])
-    products = torch.cat([first, factors.cumprod(-2)], -2)
+    factors = torch.where(lower[:c], a.unsqueeze(-1), 1.0)
+    products = F.pad(factors.cumprod(-2), (0, 0, 1, 0), value=1.0)
     # Products too small to matter become 0, since denormal numbers slow a CPU down; those that are 0 keep their gradient.
     return torch.where(lower & ((products > 1e-30) | (products == 0)), products, 0.0)
 
@@ -62,6 +61,8 @@ def dgd_chunk(
     inclusive: bool = False,
     delta: bool = True,
     gates: tuple | None = None,
+    MX: Tensor | None = None,
+    readers: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Delta gradient descent over one chunk (eq. 88; with momentum where `theta` is given), exact and loop-free.
 
@@ -80,6 +81,8 @@ def dgd_chunk(
         Q: (..., c, i) queries, one a token.
         delta: False leaves out the term with M_{t-1} x_t, which makes the rule plain gradient descent.
         gates: `chunk_gates(alpha, theta)`, for callers who share it between several memories.
+        MX: (..., c, o) X M^T, for callers who have it already.
+        readers: how many memories are read, the last ones along the last leading dimension; all if left out.
 
     Leading dimensions broadcast. Everything is differentiable, and computed in float32 at least.
 
@@ -101,70 +104,87 @@ def dgd_chunk(
     with torch.autocast(X.device.type, enabled=False):
         if X.dtype in (torch.bfloat16, torch.float16):
             M, X, D, eta, alpha = (z.float() for z in (M, X, D, eta, alpha))
-            m, theta, Q = (None if z is None else z.float() for z in (m, theta, Q))
-        gates = chunk_gates(alpha, theta) if gates is None else gates
-        return _Chunk.apply(M, X, D, eta, m, Q, *gates, inclusive, delta)
+            m, theta, Q, MX = (None if z is None else z.float() for z in (m, theta, Q, MX))
+        gamma, decay, gain, gain_m, keep = chunk_gates(alpha, theta) if gates is None else gates
+
+        def left(rows: slice, of_M: Tensor, of_m: Tensor | None, n: int | None = None) -> Tensor:
+            """What is left of the start state, or of reads of it, at the times `rows`, for the last n memories or all."""
+            gate = lambda z: _last(z[..., rows, None], n)
+            y = gate(gamma) * of_M
+            return y if of_m is None else torch.addcmul(y, gate(gain_m), of_m)
+
+        at = lambda q, M: None if M is None else q @ M.mT
+        at_X = left(slice(0, c), at(X, M) if MX is None else MX, at(X, m)) if delta else None
+        at_Q = None
+        if Q is not None:
+            of = at(Q, _last(M, readers)), at(Q, _last(m, readers))
+            at_Q = left(slice(int(inclusive), c + int(inclusive)), *of, readers)
+        end = left(slice(c, c + 1), M, m)
+        end_m = None if m is None else keep[..., :1, None] * m
+        keep = None if keep is None else keep[..., 1:]
+        lead = torch.broadcast_shapes(*(z.shape[:-2] for z in (end, X, D, eta.unsqueeze(-1), decay)))
+        if Q is not None and readers is None:
+            lead = torch.broadcast_shapes(lead, Q.shape[:-2])
+        return _Chunk.apply(end, end_m, at_X, at_Q, X, D, eta, Q, decay, gain, keep, inclusive, readers, lead)
 
 
-def _flatten(*tensors: Tensor | None) -> tuple[Callable[[Tensor], Tensor], torch.Size]:
-    """How to bring tensors (..., a, b) to (n, a, b) with all leading dimensions broadcast, and these dimensions."""
-    lead = torch.broadcast_shapes(*(z.shape[:-2] for z in tensors if z is not None))
-    return lambda z: z.expand(*lead, *z.shape[-2:]).reshape(-1, *z.shape[-2:]), lead
+def _flatten(lead: torch.Size) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """How to bring a tensor (..., a, b) to (n, a, b) with the leading dimensions `lead`, and how to undo it."""
+    flat = lambda z: z.expand(*lead, *z.shape[-2:]).reshape(-1, *z.shape[-2:])
+    return flat, lambda z: z.view(*lead, *z.shape[-2:])
 
 
-def _chunk(M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, inclusive, delta):
-    """`dgd_chunk` in terms of `chunk_gates`. Returns M, m, R and, for the backward pass, P and the system's inverse."""
+def _last(z: Tensor | None, readers: int | None) -> Tensor | None:
+    """The part of z (..., n or 1, a, b) that belongs to the last `readers` memories."""
+    return z if z is None or readers is None or z.shape[-3] == 1 else z[..., -readers:, :, :]
+
+
+def _chunk(end, end_m, at_X, at_Q, X, D, eta, Q, decay, gain, keep, inclusive, readers, lead):
+    """A chunk's writes, and what is read of them, on top of what is left of the start state: of memory and momentum at
+    the end (end, end_m), of their reads at X and Q (at_X, at_Q). `lead`: all leading dimensions.
+
+    Returns M, m, R and, for the backward pass, P, the inverse of its system, and the writes.
+    """
     c = X.shape[-2]
-    flat, lead = _flatten(M, X, D, eta.unsqueeze(-1), decay, m, Q)
     gain = decay if gain is None else gain
+    flat, whole = _flatten(lead)
     Xe = eta.unsqueeze(-1) * X
-    M3, D3, Xe3, m3 = flat(M), flat(D), flat(Xe), None if m is None else flat(m)
-
-    def read(rows: slice, q: Tensor, scores: Tensor) -> Tensor:
-        """What the start state and the gradients make of q after `rows` steps; scores: q_t . eta_s x_s."""
-        y = flat(gamma[..., rows, None] * q) @ M3.mT
-        if m is not None:
-            y = torch.baddbmm(y, flat(gain_m[..., rows, None] * q), m3.mT)
-        return torch.baddbmm(y, flat(gain[..., rows, :] * scores), D3, alpha=-1)
-
-    P = inverse = R = m_end = None
-    if delta:  # p_t = M_{t-1} x_t solves a unit lower triangular system
+    D3, Xe3 = flat(D), flat(Xe)
+    m = P = inverse = R = None
+    writes = flat(gain[..., c, :, None]) * D3
+    if at_X is not None:  # p_t = M_{t-1} x_t solves a unit lower triangular system
         scores = X @ Xe.mT
         A = decay[..., :c, :] * scores
         eye = torch.eye(c, dtype=A.dtype, device=A.device).expand_as(A)
         inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
-        P = flat(inverse) @ read(slice(0, c), X, scores)
+        P = flat(inverse) @ torch.baddbmm(flat(at_X), flat(gain[..., :c, :] * scores), D3, alpha=-1)
+        writes = torch.addcmul(writes, flat(decay[..., c, :, None]), P)
     if Q is not None:
-        rows, scores = slice(int(inclusive), c + int(inclusive)), Q @ Xe.mT
-        R = read(rows, Q, scores)
-        R = R if P is None else torch.baddbmm(R, flat(decay[..., rows, :] * scores), P, alpha=-1)
-        R = R.view(*lead, c, -1)
-    writes = gain[..., c, :, None] * D.expand(*lead, *D.shape[-2:])
-    if P is not None:
-        P = P.view(*lead, c, -1)
-        writes = torch.addcmul(writes, decay[..., c, :, None], P)
-    start = gamma[..., c, None, None] * M
+        rows, scores = slice(int(inclusive), c + int(inclusive)), Q @ _last(Xe, readers).mT
+        gate = lambda z: _last(z[..., rows, :], readers)
+        R = (-gate(gain) * scores) @ _last(whole(D3), readers)
+        R = R if at_Q is None else at_Q + R
+        if P is not None:
+            R = R - (gate(decay) * scores) @ _last(whole(P), readers)
+    minus = lambda z, a: whole(a.mT @ -Xe3 if z is None else torch.baddbmm(flat(z), a.mT, Xe3, alpha=-1))
+    M = minus(end, writes)
     if keep is not None:
-        m_start = torch.zeros_like(M3)
-        if m is not None:
-            start = torch.addcmul(start, gain_m[..., c, None, None], m)
-            m_start = flat(keep[..., :1, None] * m)
-        m_end = torch.baddbmm(m_start, flat(keep[..., 1:, None] * D).mT, Xe3, alpha=-1).view(*lead, *M.shape[-2:])
-    end = torch.baddbmm(flat(start), flat(writes).mT, Xe3, alpha=-1).view(*lead, *M.shape[-2:])
-    return end, m_end, R, P, inverse
+        m = minus(end_m, flat(keep.unsqueeze(-1)) * D3)
+    return M, m, R, P, inverse, writes
 
 
 class _Chunk(torch.autograd.Function):
-    """`_chunk` with a backward pass by hand: a fraction of autograd's operations, and only P and the inverse are stored.
+    """`_chunk` with a backward pass by hand, a fraction of autograd's operations.
 
     Where memories share their input, whatever belongs to the input is summed over them before it is used.
     """
 
     @staticmethod
-    def forward(ctx, M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, inclusive, delta):
-        *out, P, inverse = _chunk(M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, inclusive, delta)
-        ctx.save_for_backward(M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep, P, inverse)
-        ctx.flags, ctx.device = (inclusive, delta), M.device.type
+    def forward(ctx, end, end_m, at_X, at_Q, X, D, eta, Q, decay, gain, keep, *flags):
+        *out, P, inverse, writes = _chunk(end, end_m, at_X, at_Q, X, D, eta, Q, decay, gain, keep, *flags)
+        ctx.save_for_backward(at_X, X, D, eta, Q, decay, gain, keep, P, inverse, writes)
+        ctx.flags, ctx.device = flags, X.device.type
+        ctx.added = [None if z is None else z.shape for z in (end, end_m, at_Q)]  # their gradient is the result's
         ctx.set_materialize_grads(False)
         return tuple(out)
 
@@ -174,101 +194,82 @@ class _Chunk(torch.autograd.Function):
             return _Chunk._backward(ctx, *grads)
 
     @staticmethod
-    def _backward(ctx, dM_end, dm_end, dR):
-        *inputs, P, inverse = ctx.saved_tensors
-        inclusive, delta = ctx.flags
+    def _backward(ctx, dM, dm, dR):
+        at_X, *inputs, P, inverse, writes = ctx.saved_tensors
+        inclusive, readers, lead = ctx.flags
+        d_added = [g.sum_to_size(z) if z and g is not None else None for z, g in zip(ctx.added, (dM, dm, dR))]
         if torch.is_grad_enabled():  # a second derivative is wanted: leave it to autograd
-            outs = _chunk(*inputs, inclusive, delta)[:3]
-            pairs = [(o, g) for o, g in zip(outs, (dM_end, dm_end, dR)) if o is not None and g is not None]
-            wanted = [z for z in inputs if z is not None and z.requires_grad]
+            outs = _chunk(None, None, at_X, None, *inputs, *ctx.flags)[:3]
+            pairs = [(o, g) for o, g in zip(outs, (dM, dm, dR)) if o is not None and g is not None]
+            wanted = [z for z in (at_X, *inputs) if z is not None and z.requires_grad]
             outs, grads = zip(*pairs)
             got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
-            return *(next(got) if z is not None and z.requires_grad else None for z in inputs), None, None
-        M, X, D, eta, m, Q, gamma, decay, gain, gain_m, keep = inputs
-        momentum, c = gain is not None, X.shape[-2]
+            d_at_X, *rest = (next(got) if z is not None and z.requires_grad else None for z in (at_X, *inputs))
+            return *d_added[:2], d_at_X, d_added[2], *rest, None, None, None
+        X, D, eta, Q, decay, gain, keep = inputs
+        c, momentum = X.shape[-2], gain is not None
         gain = gain if momentum else decay
-        flat, lead = _flatten(M, X, D, eta.unsqueeze(-1), decay, m, Q)
+        flat, whole = _flatten(lead)
         Xe = eta.unsqueeze(-1) * X
-        M3, D3, Xe3 = flat(M), flat(D), flat(Xe)
-        m3, P3 = (None if z is None else flat(z) for z in (m, P))
-        d_gamma, d_decay, d_gain = (torch.zeros_like(z) for z in (gamma, decay, gain))
-        d_gain_m = None if m is None else torch.zeros_like(gain_m)
-        d_keep = torch.zeros_like(keep) if momentum else None
-        # Sum a product (n, a, b) over the leading dimensions that `like` (..., a, b) does not have.
-        fold = lambda z, like: z.view(*lead, *z.shape[-2:]).sum_to_size(*like.shape[:-2], *z.shape[-2:])
-        rowsum = lambda a, b: (a * b).sum(-1)
-        total = lambda a, b: (a * b).sum((-1, -2))
+        D3, Xe3 = flat(D), flat(Xe)
+        d_decay, d_gain, d_keep = torch.zeros_like(decay), torch.zeros_like(gain), None
+        fold = lambda z, like: z.sum_to_size(*like.shape[:-2], *z.shape[-2:])
+        # The gradient of a gate (..., c) that scaled the rows of a tensor (n, c, o) on its way to one with gradient g.
+        rows_of = lambda a, g, gate: whole(a * g).sum(-1).sum_to_size(gate.shape)
 
-        def add(to: Tensor, where: tuple, g: Tensor, sign: int = 1) -> None:
-            part = to[(..., *where)]
-            part.add_(g.sum_to_size(part.shape), alpha=sign)
+        dM3 = flat(D.new_zeros(D.shape[-1], X.shape[-1]) if dM is None else dM)
+        U = Xe3 @ dM3.mT  # minus the gradient of the writes
+        dD = flat(-gain[..., c, :, None]) * U
+        d_gain[..., c, :] -= rows_of(D3, U, gain[..., c, :])
+        dXe = writes @ dM3  # minus the gradient of Xe
+        if P is not None:
+            dP = flat(-decay[..., c, :, None]) * U
+            d_decay[..., c, :] -= rows_of(P, U, decay[..., c, :])
+        if dm is not None:
+            dm3, kept = flat(dm), flat(keep.unsqueeze(-1))
+            Um = Xe3 @ dm3.mT
+            dD.addcmul_(kept, Um, value=-1)
+            d_keep = -rows_of(D3, Um, keep)
+            dXe.baddbmm_(kept * D3, dm3)
+        dXe = fold(whole(dXe), Xe)
 
-        # M_end = gamma_c M + gain_m_c m - writes^T Xe
-        dM_end = torch.zeros_like(M3).view(*lead, *M.shape[-2:]) if dM_end is None else dM_end
-        dM_end3 = flat(dM_end)
-        U = (Xe3 @ dM_end3.mT).view(*lead, c, -1)
-        dD = flat(-gain[..., c, :, None] * U)
-        dM = flat(gamma[..., c, None, None] * dM_end)
-        add(d_gamma, (c,), total(M, dM_end))
-        add(d_gain, (c, slice(None)), rowsum(D, U), -1)
-        writes = gain[..., c, :, None] * D.expand(*lead, *D.shape[-2:])
-        if delta:
-            writes = torch.addcmul(writes, decay[..., c, :, None], P)
-            dP = flat(-decay[..., c, :, None] * U)
-            add(d_decay, (c, slice(None)), rowsum(P, U), -1)
-        d_writes = flat(writes) @ dM_end3
-        dm = None
-        if m is not None:
-            dm = flat(gain_m[..., c, None, None] * dM_end)
-            add(d_gain_m, (c,), total(m, dM_end))
-        if momentum and dm_end is not None:  # m_end = keep_0 m - (keep D)^T Xe
-            Um = (Xe3 @ flat(dm_end).mT).view(*lead, c, -1)
-            kept = keep[..., 1:, None]
-            dD = dD.addcmul_(flat(-kept), flat(Um))
-            d_writes = torch.baddbmm(d_writes, flat(kept * D), flat(dm_end))
-            add(d_keep, (slice(1, None),), rowsum(D, Um), -1)
-            if m is not None:
-                dm = dm.addcmul_(flat(keep[..., :1, None]), flat(dm_end))
-                add(d_keep, (0,), total(m, dm_end))
-        dXe = -fold(d_writes, Xe)
+        def read_backward(rows: slice, q: Tensor, dy: Tensor, n: int | None, to: dict[str, Tensor]) -> Tensor:
+            """Backward of y = start - (gain * scores) D - (decay * scores) P with scores = q Xe^T and dy of shape y.
 
-        def read_backward(rows: slice, q: Tensor, dy: Tensor, through_P: bool) -> Tensor:
-            """Backward of a read at q (..., c, i), dy (n, c, o): adds to the other gradients, returns that of q."""
-            nonlocal dXe
-            scores = q @ Xe.mT
-            dy_M = fold(dy @ M3, q)
-            dq = gamma[..., rows, None] * dy_M
-            add(d_gamma, (rows,), rowsum(q, dy_M))
-            dM.baddbmm_(dy.mT, flat(gamma[..., rows, None] * q))
-            if m is not None:
-                dy_m = fold(dy @ m3, q)
-                dq = torch.addcmul(dq, gain_m[..., rows, None], dy_m)
-                add(d_gain_m, (rows,), rowsum(q, dy_m))
-                dm.baddbmm_(dy.mT, flat(gain_m[..., rows, None] * q))
-            dD.baddbmm_(flat(gain[..., rows, :] * scores).mT, dy, alpha=-1)
-            dB = fold(dy @ D3.mT, scores)
-            add(d_gain, (rows, slice(None)), scores * dB, -1)
-            d_scores = gain[..., rows, :] * dB
-            if delta:
-                if through_P:
-                    dP.baddbmm_(flat(decay[..., rows, :] * scores).mT, dy, alpha=-1)
-                dA = fold(dy @ P3.mT, scores)
-                add(d_decay, (rows, slice(None)), scores * dA, -1)
-                d_scores = torch.addcmul(d_scores, decay[..., rows, :], dA)
-            dXe = dXe - (d_scores.mT @ q).sum_to_size(dXe.shape)
-            return dq - (d_scores @ Xe).sum_to_size(dq.shape)
+            Adds to the gradients of Xe, the gates and, as far as they are in `to`, of D and P; returns minus that of q.
+            """
+            part = lambda z: _last(whole(z), n)
+            xe, minus_d_scores = _last(Xe, n), 0.0
+            scores = q @ xe.mT
+            for name, z, gate, d_gate in (("D", D3, gain, d_gain), ("P", P, decay, d_decay)):
+                if z is None:
+                    continue
+                gate, d_gate = (_last(g[..., rows, :], n) for g in (gate, d_gate))
+                if name in to and n is None:
+                    to[name].baddbmm_(flat(gate * scores).mT, flat(dy), alpha=-1)
+                elif name in to:
+                    part(to[name]).sub_((gate * scores).mT @ dy)
+                d = fold(dy @ part(z).mT, scores)
+                d_gate -= (scores * d).sum_to_size(gate.shape)
+                minus_d_scores = minus_d_scores + gate * d if name == "D" else torch.addcmul(minus_d_scores, gate, d)
+            _last(dXe, n).add_((minus_d_scores.mT @ q).sum_to_size(xe.shape))
+            return (minus_d_scores @ xe).sum_to_size(q.shape)
 
-        dQ, dX = None, 0.0
+        dQ = d_at_X = None
         if dR is not None:
-            dQ = read_backward(slice(int(inclusive), c + int(inclusive)), Q, flat(dR), True)
-        if delta:  # P = inverse (what the rest makes of X): its gradient is a read's with dy = inverse^T dP
-            dX = read_backward(slice(0, c), X, flat(inverse).mT @ dP, False)
-        dX = dX + (eta.unsqueeze(-1) * dXe).sum_to_size(X.shape)
+            to = {"D": dD} if P is None else {"D": dD, "P": dP}
+            dQ = -read_backward(slice(int(inclusive), c + int(inclusive)), Q, dR, readers, to)
+        minus_dX = 0.0
+        if P is not None:  # P = inverse (a read's result at X), so that its gradient is a read's with inverse^T dP
+            d_at_X = whole(flat(inverse).mT @ dP)
+            minus_dX = read_backward(slice(0, c), X, d_at_X, None, {"D": dD})
+            d_at_X = d_at_X.sum_to_size(at_X.shape)
+        d_eta = -(dXe * X).sum(-1).sum_to_size(eta.shape)
+        dX = -(minus_dX + eta.unsqueeze(-1) * dXe).sum_to_size(X.shape)
         if not momentum:
             d_decay, d_gain = d_decay + d_gain, None
-        d_eta = rowsum(dXe, X).sum_to_size(eta.shape)
-        dm = None if m is None else fold(dm, m)
-        return fold(dM, M), dX, fold(dD, D), d_eta, dm, dQ, d_gamma, d_decay, d_gain, d_gain_m, d_keep, None, None
+        d_gates = d_decay, d_gain, d_keep
+        return *d_added[:2], d_at_X, d_added[2], dX, fold(whole(dD), D), d_eta, dQ, *d_gates, None, None, None
 
 
 def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False, delta=True):

@@ -110,3 +110,19 @@ def test_what_does_not_fit_is_refused():
         dgd_chunk(**{**args, "D": args["D"][..., :3]})
     with pytest.raises(ValueError, match="m was given without theta"):
         dgd_chunk(**args, m=args["M"])
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_only_the_last_memories_may_be_read(momentum):
+    args = inputs(5, lead=(2, 3), momentum=momentum)
+    everything = outputs_and_gradients(dgd_chunk, args)
+    some = {**args, "Q": args["Q"][:, 1:], "MX": args["X"] @ args["M"].mT}
+    got = dgd_chunk(**some, readers=2)
+    for a, b in zip(got, (*dgd_chunk(**args)[:2], everything[2 if momentum else 1][:, 1:])):
+        assert a is b is None or torch.allclose(a, b, rtol=1e-10, atol=1e-11)
+    grads = [
+        torch.autograd.grad(out[2][:, -2:].sum(), [args[k] for k in ("M", "D", "eta")])
+        for out in (got, dgd_loop(**args))
+    ]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
