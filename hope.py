@@ -522,6 +522,11 @@ class Memory(nn.Module):
 
         return MemoryState(0, self._empty_tail(b), group("proj"), group("main"))
 
+    def restart_graph(self, state: MemoryState) -> MemoryState:
+        """The same state as values, as a detached change of the start state: gradients reach that and nothing else."""
+        graft = lambda now, start: now.detach() + (start - start.detach())
+        return map_state(graft, state, self.init_state(state.main.now[0].shape[0]))
+
     def _empty_tail(self, b: int) -> Tensor | None:
         if self.conv is None:
             return None
@@ -673,6 +678,9 @@ class Attention(Memory):
     def init_state(self, b: int) -> AttentionState:
         empty = self.to_k.weight.new_zeros(b, self.n_kv, 0, self.config.d_head)
         return AttentionState(0, self._empty_tail(b), empty, empty, empty.new_zeros(b, dtype=torch.long))
+
+    def restart_graph(self, state: AttentionState) -> AttentionState:
+        return map_state(Tensor.detach, state)
 
     def forward(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
         """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
@@ -939,6 +947,7 @@ class Hope(nn.Module):
         reduction: Literal["mean", "none"] = "mean",
         levels: Sequence[int] | None = None,
         surprise: float = 0.0,
+        truncate: bool = False,
     ) -> tuple[Tensor, HopeState]:
         """Read a stream and learn from it: memories are written, and so is the CMS, by its own prediction errors.
 
@@ -954,7 +963,12 @@ class Hope(nn.Module):
             reduction: "mean" nats per scored token, or "none" for all (b, t).
             levels: which in-context levels of the CMS learn, by their place in `config.cms`; all if left out.
             surprise: only segments whose mean loss exceeds this many nats per token teach, for each sequence by itself.
+            truncate: with `backward`, go back through each segment by itself as soon as it is read, so that memory does
+                not grow with the stream. Start states of memories learn from every segment, as if it had begun with
+                them; what a write did for later segments, and so the learnt rates of the CMS, get no gradient.
         """
+        if truncate and not backward:
+            raise ValueError("truncate=True is about the backward pass; set backward=True as well")
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction is {reduction!r}; allowed: mean, none")
         state = self._check(tokens, state)
@@ -968,19 +982,29 @@ class Hope(nn.Module):
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
         elif state.pending is not None:
             raise ValueError("this state has a pending token from observe without targets; go on without targets")
-        losses, s = [], 0
+        losses, s, scored = [], 0, (targets != -100).sum().clamp(min=1)
         while s < tokens.shape[1]:
             n = min([tokens.shape[1] - s, *(c - state.observed % c for c in self.config.clocks)])
             loss, state = self._observe_piece(tokens[:, s : s + n], targets[:, s : s + n], state, levels, surprise)
+            if truncate:
+                (loss.sum() / (scored if reduction == "mean" else 1)).backward()
+                loss, state = loss.detach(), self._restart_graph(state)
             losses.append(loss)
             s += n
         loss = torch.cat(losses, 1) if losses else tokens.new_zeros(tokens.shape, dtype=self.embed.weight.dtype)
         if reduction == "mean":
-            loss = loss.sum() / (targets != -100).sum().clamp(min=1)
+            loss = loss.sum() / scored
         if backward:
-            loss.sum().backward()
+            if not truncate:
+                loss.sum().backward()
             loss, state = loss.detach(), state.detach()
         return loss, state
+
+    def _restart_graph(self, state: HopeState) -> HopeState:
+        """The same state as values, with memories that hang on their start states once more and on nothing else."""
+        restart = lambda memories: [b.memory.restart_graph(m) for b, m in zip(self.blocks, memories)]
+        segment = state.segment and replace(state.segment, memories=restart(state.segment.memories))
+        return replace(state.detach(), memories=restart(state.memories), segment=segment)
 
     def _observe_piece(
         self, tokens: Tensor, targets: Tensor, state: HopeState, levels: Sequence[int] | None, surprise: float

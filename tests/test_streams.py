@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import assert_states_equal, flat, random_model, small_config, tokens
+from conftest import assert_states_equal, cut, flat, random_model, small_config, tokens
 
 import hope
 
@@ -263,3 +263,64 @@ def test_levels_are_right_for_every_architecture(arch, optimizer):
     assert any(name.startswith(optimizer) for name in names) == (optimizer != "SGD")
     states = sum(row.size for row in table if row.component in ("memory M", "memories k,v,eta,alpha"))
     assert states == sum(w.numel() for n, w in model.named_parameters() if ".start." in n and not n.endswith("scale"))
+
+
+@pytest.mark.parametrize("arch", ["hope", "hope-attention"])
+def test_a_truncated_backward_is_the_sum_over_segments_each_from_a_detached_change_of_the_start_state(arch):
+    model = random_model(small_config(arch, learn_rates=False))
+    x, y = tokens(2, 23), tokens(2, 23, seed=1)
+    y[0, 3:9] = -100
+    whole, whole_state = model.observe(x, y)
+    loss, state = model.observe(x, y, backward=True, truncate=True)
+    torch.testing.assert_close(loss, whole)
+    assert_states_equal(state, whole_state)
+    assert not any(z.requires_grad for z in (loss, *flat(state)))
+    got = {name: p.grad for name, p in model.named_parameters()}
+
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    state = None
+    for tokens_, targets in zip(cut(x, [6, 12, 18]), cut(y, [6, 12, 18])):
+        begin = model.init_state(2)
+        if state is not None:
+            memories = [
+                m if arch == "hope-attention" else hope.map_state(lambda a, b: (a - b).detach() + b, m, start)
+                for m, start in zip(state.memories, begin.memories)
+            ]
+            begin = hope.HopeState(memories, state.cms)
+        logits, _ = model(tokens_, begin)
+        part = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        grads = torch.autograd.grad(part / (y != -100).sum(), list(model.parameters()), allow_unused=True)
+        for total, g in zip(expected.values(), grads):
+            total += 0 if g is None else g
+        state = model.observe(tokens_, targets, state)[1].detach()
+    for name, g in got.items():
+        torch.testing.assert_close(torch.zeros_like(expected[name]) if g is None else g, expected[name])
+
+
+def test_a_truncated_backward_keeps_no_more_for_a_longer_stream():
+    model = random_model(small_config(cms=(6, hope.INF)))
+
+    def most_held(t):
+        held = most = 0
+
+        class Kept:
+            def __init__(self, z):
+                nonlocal held, most
+                self.z = z
+                held += z.numel()
+                most = max(most, held)
+
+            def __del__(self):
+                nonlocal held
+                held -= self.z.numel()
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.z):
+            model.observe(tokens(1, t), tokens(1, t), backward=True, truncate=True)
+        return most
+
+    assert most_held(60) < 1.1 * most_held(24)
+
+
+def test_a_truncated_backward_needs_a_backward():
+    with pytest.raises(ValueError, match="set backward=True"):
+        random_model(small_config()).observe(tokens(1, 7), truncate=True)
