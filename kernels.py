@@ -1,7 +1,8 @@
 """The inner loops of Nested Learning, each written first as the plain PyTorch that defines it.
 
 `dgd_chunk` is the recurrence that every parametric memory of `hope.Memory` runs inside a chunk: delta gradient
-descent (eq. 88) with retention and momentum, all tokens of the chunk at once and without a loop.
+descent (eq. 88) with retention and momentum, all tokens of the chunk at once and without a loop. `newton_schulz`
+orthogonalises the momentum of Muon and M3.
 """
 
 from __future__ import annotations
@@ -292,3 +293,38 @@ def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False
         if Q is not None:
             reads.append(((M if inclusive else before) @ Q[..., t, :, None]).squeeze(-1))
     return M, m if momentum else None, torch.stack(reads, -2) if reads else None
+
+
+# Quintic a s + b s^3 + c s^5, found by search: steepest at 0 among those that end in [0.7, 1.2] though every step is 2% off.
+NEWTON_SCHULZ = (3.457, -5.065, 2.323)
+
+
+def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """Nearly the orthogonal factor U V^T of every matrix G = U S V^T, by matrix products only (eqs. 42 to 44).
+
+    Each step takes every singular value s to a s + b s^3 + c s^5, after G was divided by its Frobenius norm |G|. All
+    singular values of at least |G| / 570 end in [0.7, 1.2] after 5 steps, in bfloat16 too (each step more reaches 3.4
+    times further down). Smaller ones end below 1.2, so a G of 0 gives 0.
+
+    Args:
+        G: (..., m, n), of any scale: it is divided by its largest entry before it is squared.
+        dtype: what to compute in; by default float64 for float64, else bfloat16 on GPUs and float32 on CPUs.
+
+    Returns (..., m, n) of G's dtype; not finite where G is not. ValueError for less than two dimensions or one step.
+    """
+    if G.ndim < 2 or steps < 1:
+        raise ValueError(
+            f"newton_schulz: G has shape {tuple(G.shape)}, steps is {steps}; needs (..., m, n) and 1 or more"
+        )
+    if dtype is None:
+        dtype = torch.float64 if G.dtype == torch.float64 else torch.bfloat16 if G.is_cuda else torch.float32
+    a, b, c = NEWTON_SCHULZ
+    X = (G if G.dtype == torch.float64 else G.float()).reshape(-1, *G.shape[-2:])
+    X = X.mT if G.shape[-2] > G.shape[-1] else X  # square the smaller side
+    tiny = torch.finfo(X.dtype).tiny
+    X = X / X.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
+    X = (X / X.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=tiny)).to(dtype)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if G.shape[-2] > G.shape[-1] else X).reshape(G.shape).to(G.dtype)
