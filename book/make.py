@@ -3,15 +3,47 @@
     python book/make.py            every chapter: book/text/NAME.md is executed and stored as book/NAME.ipynb
     python book/make.py 01         one chapter, by the start of its name
     python book/make.py --check    change nothing; fail if a notebook's cells differ from its text
+    python book/make.py --mutate   change nothing; run every check with its claim perturbed, and fail if one still passes
 
 Edit and review the text. The notebooks are made from it and stored with their outputs, for those who read them on
 GitHub, in Jupyter or on Colab, and for the tests, which execute them again and compare.
+
+How a text is written (tests/test_book.py holds it to this):
+
+- Front matter as in chapter 1, with the question that the contents page shows. A code cell tagged `set-up` gets the
+  code for Colab. Lines `<!-- make: contents -->`, `equations`, `errata` are replaced by what is collected here.
+- An equation of the paper has the line `(eq-9)=` before its display, which ends in `\\tag{9}`; link to it from any page as
+  `[(9)](#eq-9)`. Other labels: `def-2`, `alg-1`, `sec-4-3`, `sec-3-3-generation`. Our own equations are (2.1), (2.2), ...
+- A check cell says so in its metadata. For each label it gives a status, a name, and edits under which it must fail:
+
+      checks:
+        eq-2:
+          holds: a gradient step is the argmin of (2)      # or definition: or erratum:
+          perturb: 0.5 * eta => 0.6 * eta                  # OLD => NEW or a list; OLD occurs once in the cell
+
+  Each edit is one wrong claim and must end in AssertionError. An erratum needs two: one that breaks the corrected
+  form, one that mends the printed one. The cell is plain Python; lines that begin with % are skipped here.
+- An erratum stands beside its equation and again in Appendix B, so it must read well alone. Its title links to what it
+  concerns. Numbers with a decimal point under Size must be printed by the check cell:
+
+      :::{admonition} Erratum: [(9)](#eq-9)
+      :class: erratum
+
+      **Printed.** ...  **Why it cannot be meant.** ...  **Corrected.** ...  **Size.** ...  **Implemented as printed.** ...
+      :::                                              (each field its own paragraph, in this order)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import re
+import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
@@ -21,6 +53,171 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 BOOK = Path(__file__).resolve().parent
+SET_UP = """# Installs the project on Colab; does nothing where it is installed already.
+import importlib.util, os, subprocess, sys
+
+ADDRESS = ""
+if importlib.util.find_spec("hope") is None:
+    if not ADDRESS:
+        raise ModuleNotFoundError(
+            "hope is not installed, and the project has no public address yet to "
+            "install it from. Run this notebook from a clone of the project: "
+            "pip install -e '.[book]' in its folder, then open book/."
+        )
+    for command in (
+        ["git", "clone", "--depth", "1", ADDRESS, "nested-learning"],
+        [sys.executable, "-m", "pip", "install", "-q", "./nested-learning"],
+    ):
+        subprocess.run(command, check=True)
+    importlib.invalidate_caches()
+if os.path.isdir("nested-learning/book"):
+    os.chdir("nested-learning/book")"""
+LABEL = r"(?:eq|def|alg|sec)-\d+(?:-\d+)*(?:-[a-z]+)*"
+STATUSES = ("holds", "definition", "erratum")
+FIELDS = ("Printed", "Why it cannot be meant", "Corrected", "Size", "Implemented as printed")
+
+
+class Mistake(Exception):
+    """A text that breaks the rules above; the message names the place and the fix."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a text holds: labels, checks, errata
+
+
+def texts() -> list[Path]:
+    return sorted((BOOK / "text").glob("*.md"))
+
+
+def chapters() -> list[Path]:
+    """Numbered texts: not the appendices and the glossary."""
+    return [text for text in texts() if text.name[0].isdigit()]
+
+
+def labels(text: Path) -> list[str]:
+    return re.findall(rf"(?m)^\(({LABEL})\)=$", text.read_text())
+
+
+def spoken(label: str) -> str:
+    """eq-9 -> (9), def-2 -> Definition 2, sec-3-3-generation -> Section 3.3, generation."""
+    kind, number, rest = re.fullmatch(r"([a-z]+)-([\d-]*\d)-?(.*)", label).groups()
+    if kind == "eq":
+        return f"({number})"
+    name = {"def": "Definition", "alg": "Algorithm", "sec": "Section"}[kind]
+    return f"{name} {number.replace('-', '.')}" + (f", {rest}" if rest else "")
+
+
+def order(label: str) -> tuple:
+    """Equations first, by number."""
+    return not label.startswith("eq"), [int(s) if s.isdigit() else s for s in label.split("-")[1:]]
+
+
+@dataclass(frozen=True)
+class Check:
+    text: Path
+    cell: int
+    label: str
+    status: str
+    name: str
+    edits: tuple[tuple[str, str], ...]  # (old, new) in the cell's source
+
+
+def checks(text: Path) -> list[Check]:
+    """The checks that a text's cells declare. Raises Mistake for one that is declared wrongly."""
+    found, known = [], labels(text)
+    for i, cell in enumerate(jupytext.read(text).cells):
+        for label, says in cell.metadata.get("checks", {}).items():
+            where = f"book/text/{text.name}: the check of {label}"
+            if label not in known:
+                raise Mistake(f"{where} has no equation; put the line ({label})= before it")
+            status = [s for s in STATUSES if s in says]
+            if len(status) != 1 or set(says) != {status[0], "perturb"}:
+                raise Mistake(f"{where} has {', '.join(says)}; give one of {', '.join(STATUSES)}, and perturb")
+            lines = [says["perturb"]] if isinstance(says["perturb"], str) else says["perturb"]
+            edits = [tuple(line.split(" => ")) for line in lines]
+            for line, edit in zip(lines, edits):
+                if len(edit) != 2 or edit[0] == edit[1] or cell.source.count(edit[0]) != 1:
+                    raise Mistake(f"{where}: {line!r} must be OLD => NEW, with OLD once in the cell")
+            if status[0] == "erratum" and len(edits) < 2:
+                raise Mistake(f"{where} is an erratum: perturb the corrected form, and the printed one")
+            found.append(Check(text, i, label, status[0], says[status[0]], tuple(edits)))
+    return found
+
+
+@dataclass(frozen=True)
+class Erratum:
+    text: Path
+    title: str
+    labels: list[str]
+    fields: dict[str, str]
+
+
+def errata(text: Path) -> list[Erratum]:
+    """The errata in a text. Raises Mistake for a block that is not as described above."""
+    found = []
+    for title, body in re.findall(
+        r"(?ms)^:::\{admonition\} Erratum: ([^\n]+)\n:class: erratum\n\n(.*?)\n:::$", text.read_text()
+    ):
+        parts = re.split(r"(?m)^\*\*([^*\n]+)\.\*\*\s+", body)
+        if parts[0].strip() or tuple(parts[1::2]) != FIELDS:
+            raise Mistake(f"book/text/{text.name}: erratum {title} must have the paragraphs: {', '.join(FIELDS)}")
+        found.append(
+            Erratum(text, title, re.findall(rf"\(#({LABEL})\)", title), dict(zip(FIELDS, map(str.strip, parts[2::2]))))
+        )
+    if len(found) != text.read_text().count("Erratum: "):
+        raise Mistake(f"book/text/{text.name}: an erratum is not in the form that book/make.py describes")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pages that are collected from the others
+
+
+def title(text: Path) -> str:
+    return re.search(r"(?m)^# (.+)$", text.read_text())[1]
+
+
+def number(text: Path) -> int:
+    return int(text.name.split("-")[0])
+
+
+def contents() -> str:
+    rows = ["| chapter | question |", "|---|---|", f"| 0. {title(chapters()[0])} | you are here |"]
+    for text in chapters()[1:]:
+        question = jupytext.read(text).metadata.get("question")
+        if question is None:
+            raise Mistake(f"book/text/{text.name}: the front matter has no question; add one for the contents page")
+        rows.append(f"| {number(text)}. [{title(text)}]({text.stem}.ipynb) | {question} |")
+    return "\n".join(rows)
+
+
+def equations() -> str:
+    found = sorted((check for text in chapters() for check in checks(text)), key=lambda c: order(c.label))
+    status = {check.label: check.status for check in found}
+    count = {s: list(status.values()).count(s) for s in STATUSES}
+    total = (
+        f"Of {len(status)} entries so far, {count['holds']} hold as printed, {count['definition']} are definitions, and "
+        f"{count['erratum']} have an erratum."
+    )
+    rows = [total, "", "| equation | chapter | status | what its check asserts |", "|---|---|---|---|"]
+    rows += [
+        f"| [{spoken(c.label)}](#{c.label}) | [{number(c.text)}]({c.text.stem}.ipynb) | {c.status} | {c.name} |"
+        for c in found
+    ]
+    return "\n".join(rows)
+
+
+def all_errata() -> str:
+    found = sorted((e for text in chapters() for e in errata(text)), key=lambda e: order(e.labels[0]))
+    parts = []
+    for e in found:
+        plain = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", e.title)
+        parts.append(f"## {plain}\n\n{e.title} in chapter {number(e.text)}, [{title(e.text)}]({e.text.stem}.ipynb).")
+        parts += [f"**{name}.** {words}" for name, words in e.fields.items()]
+    return "\n\n".join(parts)
+
+
+COLLECTED = {"contents": contents, "equations": equations, "errata": all_errata}
 
 
 def from_text(text: Path) -> nbformat.NotebookNode:
@@ -30,9 +227,17 @@ def from_text(text: Path) -> nbformat.NotebookNode:
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"  # stable, so that making a notebook again changes nothing
-        if cell.cell_type == "code":
-            cell.source = cell.source.replace('ADDRESS = ""', f'ADDRESS = "{address}"')
+        if "set-up" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("hide-input")
+            cell.metadata["mystnb"] = {f"code_prompt_{does}": "Set-up for Colab" for does in ("show", "hide")}
+            cell.source = SET_UP.replace('ADDRESS = ""', f'ADDRESS = "{address}"')
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"<!-- make: (\w+) -->", lambda marker: COLLECTED[marker[1]](), cell.source)
     return notebook
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -58,28 +263,82 @@ def differs(text: Path, stored: Path) -> str | None:
     return None
 
 
+def ending(source: str, namespace: dict) -> str:
+    """How a cell ends when it is run in a child process, which leaves everything here as it was: "passes" or an error."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        end = "passes"
+        try:
+            exec(compile(source, "<perturbed>", "exec"), namespace)
+        except AssertionError:
+            end = "AssertionError"
+        except BaseException as error:
+            end = f"{type(error).__name__}: {error}"
+        os.write(write, end.encode()[:4000])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        end = pipe.read()
+    os.waitpid(child, 0)
+    return end or "a dead process"
+
+
+def mutate(text: Path) -> Iterator[str]:
+    """Run a chapter here, each check first with its claim perturbed; yields what does not end in AssertionError."""
+    if not (declared := checks(text)):
+        return
+    os.environ["MPLBACKEND"] = "Agg"
+    os.chdir(BOOK)
+    warnings.simplefilter("ignore")  # Agg has no window to show a figure in
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda n: None  # a pool of threads does not survive a fork
+    namespace = {"__name__": "__main__"}
+    plain = lambda source: re.sub(r"(?m)^%.*$", "", source)
+    for i, cell in enumerate(from_text(text).cells):
+        for check in declared if cell.cell_type == "code" else ():
+            for old, new in check.edits if check.cell == i else ():
+                end = ending(plain(cell.source.replace(old, new)), namespace)
+                if end != "AssertionError":
+                    yield f"book/text/{text.name}: the check of {check.label} with {old!r} -> {new!r}: {end}"
+        if cell.cell_type == "code":
+            exec(compile(plain(cell.source), f"{text.name}, cell {i}", "exec"), namespace)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapter", nargs="?", default="", help="how the chapter's file name begins, as in 01")
     parser.add_argument("--check", action="store_true", help="only compare; exit code 1 if a notebook is out of date")
+    parser.add_argument("--mutate", action="store_true", help="only try the checks; exit code 1 if one can't fail")
     args = parser.parse_args()
-    texts = sorted((BOOK / "text").glob(f"{args.chapter}*.md"))
-    if not texts:
+    chosen = [text for text in texts() if text.name.startswith(args.chapter)]
+    if not chosen:
         parser.error(f"no chapter begins with {args.chapter!r}; see book/text/")
     bad = []
-    for text in texts:
+    for text in chosen:
         stored = BOOK / f"{text.stem}.ipynb"
-        if args.check:
-            if problem := differs(text, stored):
-                bad.append(f"book/{stored.name} {problem}; run: python book/make.py {text.stem}")
-            continue
-        print(f"book/{stored.name}", flush=True)
         try:
-            nbformat.write(execute(from_text(text)), stored)
+            if args.mutate and len(chosen) > 1:  # chapters set global defaults: each gets a process of its own
+                subprocess.run([sys.executable, __file__, "--mutate", text.stem], check=True)
+            elif args.mutate:
+                with contextlib.redirect_stdout(None):
+                    bad += mutate(text)
+            elif args.check:
+                if problem := differs(text, stored):
+                    bad.append(f"book/{stored.name} {problem}; run: python book/make.py {text.stem}")
+            else:
+                print(f"book/{stored.name}", flush=True)
+                nbformat.write(execute(from_text(text)), stored)
         except CellExecutionError as error:
             bad.append(f"book/text/{text.name}: {error}")
+        except subprocess.CalledProcessError:
+            bad.append(f"book/text/{text.name}: a check can pass for a wrong claim, see above")
+        except Mistake as mistake:
+            bad.append(str(mistake))
     if args.check and not args.chapter:
-        names = {text.stem for text in texts}
+        names = {text.stem for text in chosen}
         bad += [f"book/{p.name} has no text; delete it" for p in sorted(BOOK.glob("*.ipynb")) if p.stem not in names]
     print(*bad, sep="\n", end="\n" if bad else "", file=sys.stderr)
     return 1 if bad else 0
