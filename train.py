@@ -102,10 +102,37 @@ def pydoc_text() -> tuple[str, str]:
     return tuple("\n\n".join(kept[n] for n in sorted(kept) if (n in held_out) is held) for held in (False, True))
 
 
+def scramble(*numbers: int) -> int:
+    """A pseudo-random 64-bit integer, a pure function of the given ones (each is mixed in by splitmix64)."""
+    z = 0
+    for number in numbers:
+        z = (z + number + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+    return z
+
+
+def shuffled(i: int, n: int, key: int) -> int:
+    """The i-th element of a permutation of range(n) that `key` picks, without the permutation being made.
+
+    A Feistel network permutes the numbers below the next power of 4; where it leads out of range(n), it is applied
+    until it leads back (cycle walking), which keeps it a permutation and takes less than 4 turns on average.
+    """
+    half = ((n - 1).bit_length() + 1) // 2
+    while True:
+        left, right = i >> half, i % 2**half
+        for turn in range(6):
+            left, right = right, left ^ scramble(key, turn, right) % 2**half
+        i = left << half | right
+        if i < n:
+            return i
+
+
 class Corpus:
     """Byte tokens of a text, split into training and held-out tokens."""
 
-    def __init__(self, data: str, seq_len: int):
+    def __init__(self, data: str, seq_len: int, batch_size: int, seed: int):
         if data == "pydoc":
             train, val = (t.encode() for t in pydoc_text())
         else:
@@ -120,7 +147,7 @@ class Corpus:
                 )
         self.sha256 = hashlib.sha256(train + b"\0" + val).hexdigest()
         self.train, self.val = (torch.frombuffer(bytearray(p), dtype=torch.uint8) for p in (train, val))
-        self.seq_len = seq_len
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
 
     @staticmethod
     def _read(path: Path) -> bytes:
@@ -140,16 +167,19 @@ class Corpus:
             raise UserError(f"--data {path}: not text, it holds zero bytes; {fix}")
         return raw
 
-    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (b, t) of a step, a pure function of (seed, step); every epoch visits all windows once."""
-        n = (len(self.train) - 1) // self.seq_len - 1  # one window less, so that an epoch can start at any offset
-        rows = []
-        for i in range(step * batch_size, (step + 1) * batch_size):
-            g = torch.Generator().manual_seed(seed * 1_000_003 + i // n)
-            offset = int(torch.randint(self.seq_len, (), generator=g))
-            start = offset + self.seq_len * int(torch.randperm(n, generator=g)[i % n])
-            rows.append(self.train[start : start + self.seq_len + 1])
-        x = torch.stack(rows).long()
+    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
+        """Tokens and targets (len(rows), seq_len) of these rows of the batch of `batch_size` rows that a step reads.
+
+        A pure function of (seed, step, row): it is the same for any number of ranks and any micro-batches, of which
+        each takes rows of its own. An epoch visits every window once, from a start of its own.
+        """
+        n = len(self.train) // self.seq_len - 1  # one window less, so that an epoch can start at any offset
+        windows = []
+        for i in (step * self.batch_size + row for row in rows):
+            epoch = scramble(self.seed, i // n)
+            start = epoch % self.seq_len + self.seq_len * shuffled(i % n, n, epoch)
+            windows.append(self.train[start : start + self.seq_len + 1])
+        x = torch.stack(windows).long()
         return x[:, :-1], x[:, 1:]
 
     def validation(self, most: int = 40) -> tuple[Tensor, Tensor]:
@@ -401,7 +431,7 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
     """Train, or go on training, in `config.run_dir`. Returns the process's exit code."""
     torch.set_flush_denormal(True)  # states that decay to nothing would slow a CPU down fivefold
     device = pick_device(config.device)
-    corpus = Corpus(config.data, config.seq_len)
+    corpus = Corpus(config.data, config.seq_len, config.batch_size, config.seed)
     run = Run(config.run_dir)
     run.open(config, model_config, corpus.sha256)
     torch.manual_seed(config.seed)
@@ -426,7 +456,7 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.zero_grad()
-            x, y = corpus.batch(step, config.batch_size, config.seed)
+            x, y = corpus.batch(step, range(config.batch_size))
             loss, _ = model.observe(x.to(device), y.to(device), backward=True)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip, error_if_nonfinite=False)
             if not math.isfinite(norm.item()) or not math.isfinite(loss.item()):

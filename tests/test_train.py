@@ -195,18 +195,6 @@ def test_help_explains_every_flag(capsys):
         assert action.help and action.option_strings[-1] in text, action
 
 
-def test_the_tokens_of_a_step_depend_on_seed_and_step_alone():
-    corpus = train.Corpus("text.txt", 64)
-    n = (len(corpus.train) - 1) // 64 - 1
-    x, y = corpus.batch(5, 3, seed=7)
-    assert torch.equal(x[:, 1:], y[:, :-1])
-    again = torch.cat([corpus.batch(s, 1, seed=7)[0] for s in range(15, 18)])
-    assert torch.equal(x, again)  # the same rows at another batch size
-    assert not torch.equal(x, corpus.batch(5, 3, seed=8)[0])
-    epoch = torch.cat([corpus.batch(s, 1, seed=0)[0] for s in range(n)])
-    assert len({bytes(r.tolist()) for r in epoch}) == n  # every window once
-
-
 def test_held_out_text_is_not_in_the_training_text():
     training, held_out = train.pydoc_text()
     long = [p for p in held_out.split("\n\n") if len(p) >= 80]
