@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate, chain, islice, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -91,14 +91,27 @@ class TrainConfig:
         "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all"
     )
     lr: float = setting(1e-2, "peak learning rate")
+    schedule: Literal["cosine", "wsd"] = setting(
+        "cosine",
+        "how the learning rate falls after its rise: along a cosine, or not until the end, then straight (wsd)",
+    )
     warmup: float = setting(0.05, "part of the steps over which the learning rate rises")
-    final_lr: float = setting(0.05, "learning rate at the end, as a part of the peak; it falls along a cosine")
-    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices")
+    decay_part: float = setting(0.2, "wsd: part of the steps over which the learning rate falls")
+    final_lr: float = setting(0.05, "learning rate at the end, as a part of the peak")
+    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices; nothing else decays")
     grad_clip: float = setting(1.0, "gradient norm above which gradients are scaled down")
     seed: int = setting(0, "seeds the start weights and the order of the data")
+    overfit_one_batch: bool = setting(False, "read the first batch at every step: the loss must fall to almost nothing")
     eval_every: int = setting(50, "steps between two validations")
     save_every: int = setting(50, "steps between two checkpoints")
     keep: int = setting(2, "checkpoints that are kept")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
+        "none", "where the log goes besides log.jsonl"
+    )
+    peak_tflops: float = setting(
+        0.0,
+        "peak of one device, in 10^12 operations a second, to measure utilisation by; 0 for known GPUs' in bfloat16",
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
     def __post_init__(self) -> None:
@@ -106,8 +119,9 @@ class TrainConfig:
         check_positive(self, "steps", "batch_size", "seq_len", "eval_every", "save_every", "keep")
         if self.lr <= 0 or self.grad_clip <= 0:
             raise ValueError(f"lr is {self.lr}, grad_clip is {self.grad_clip}; both must be positive")
-        if not 0 <= self.warmup <= 1 or not 0 <= self.final_lr <= 1:
-            raise ValueError(f"warmup is {self.warmup}, final_lr is {self.final_lr}; both are parts, from 0 to 1")
+        for name in ("warmup", "decay_part", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a part, from 0 to 1")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it is a part, from 0 to below 1")
 
@@ -135,13 +149,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(beside, path)
 
 
-def digest(value: Any) -> str:
+def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # How text is split before byte pairs are merged: GPT-4's pattern, as tiktoken has it for cl100k_base.
 SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-EXTRA = 'run: pip install "nested-learning-hope[data]"'
 
 
 def extra(module: str, what: str) -> Any:
@@ -149,7 +162,9 @@ def extra(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise UserError(f"{what} needs {module.split('.')[0]}, which is missing; {EXTRA}") from e
+        name = module.split(".")[0]
+        install = name if name in ("tensorboard", "trackio", "wandb") else '"nested-learning-hope[data]"'
+        raise UserError(f"{what} needs {name}, which is missing; run: pip install {install}") from e
 
 
 class Tokenizer:
@@ -176,7 +191,7 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        return digest([self.pattern, sorted((i, t.hex()) for t, i in self.ranks.items())] if self.ranks else None)
+        return fingerprint([self.pattern, sorted((i, t.hex()) for t, i in self.ranks.items())] if self.ranks else None)
 
     def encode(self, text: str) -> np.ndarray:
         raw = text.encode(errors="replace")
@@ -501,7 +516,7 @@ def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
     if name.endswith(".tiktoken"):
         identity["tokenizer_file"] = Tokenizer.load(Path(name)).sha256
     label = "-".join(re.findall(r"[\w.]+", f"{config.data}-{name}"))[-60:]
-    folder = Path(config.data_dir) / f"{label}-{digest(identity)[:8]}"
+    folder = Path(config.data_dir) / f"{label}-{fingerprint(identity)[:8]}"
     manifest = read_manifest(folder)
     if manifest["complete"] and not config.verify_data and not suspects(folder, manifest):
         return folder, manifest, prepared_tokenizer(folder, manifest)
@@ -563,7 +578,9 @@ def make_shards(folder: Path, manifest: dict, tokenizer: Tokenizer, source: Sour
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    write_atomically(folder / "manifest.json", json.dumps({"sha256": digest(manifest), **manifest}, indent=1) + "\n")
+    write_atomically(
+        folder / "manifest.json", json.dumps({"sha256": fingerprint(manifest), **manifest}, indent=1) + "\n"
+    )
 
 
 def read_manifest(folder: Path) -> dict:
@@ -572,7 +589,7 @@ def read_manifest(folder: Path) -> dict:
         return {"complete": False, "position": None, "shards": []}
     try:
         manifest = json.loads(path.read_text())
-        if manifest.pop("sha256") != digest(manifest):
+        if manifest.pop("sha256") != fingerprint(manifest):
             raise ValueError("it was altered")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -667,8 +684,10 @@ class Rows:
     def index(self, slack: int) -> list[int]:
         """How many rows there are up to the end of every span, if `slack` tokens of each are left out."""
         if self.reset:
-            return list(accumulate(int(self.bounds(s)[1][-1]) for s in range(len(self.spans))))
-        return list(accumulate(max(0, (last - first - slack - 1) // self.seq_len) for _, _, first, last in self.spans))
+            rows = [int(self.bounds(s)[1][-1]) for s in range(len(self.spans))]
+        else:
+            rows = [max(0, (last - first - slack - 1) // self.seq_len) for _, _, first, last in self.spans]
+        return np.cumsum(rows).tolist()
 
     def _bounds(self, s: int) -> tuple[np.ndarray, np.ndarray]:
         """Of a span: where its documents begin, and how many rows there are before each; both with the end."""
@@ -711,12 +730,7 @@ class Corpus:
         held_out: float | None,
     ):
         """`shard(i)` maps names to tensors that can be sliced; `held_out` is None where documents are sorted already."""
-        self.tokenizer, self.seq_len, self.batch_size, self.seed = (
-            tokenizer,
-            config.seq_len,
-            config.batch_size,
-            config.seed,
-        )
+        self.config, self.tokenizer, self.seq_len = config, tokenizer, config.seq_len
         spans = {split: [(i, split, 0, s[split]) for i, s in enumerate(sizes) if s[split]] for split in SPLITS}
         total, documents = sum(s[split] for s in sizes for split in SPLITS), sum(s["documents"] for s in sizes)
         if held_out is not None and documents * held_out < 10:
@@ -770,7 +784,7 @@ class Corpus:
                 raise UserError(f"{folder / rows[i]['file']} cannot be read ({brief(e)}); restore it") from e
 
         corpus = cls(config, tokenizer, shard, rows, manifest["held_out"])
-        corpus.sha256 = digest([row["sha256"] for row in rows] + [manifest["held_out"], tokenizer.sha256])
+        corpus.sha256 = fingerprint([row["sha256"] for row in rows] + [manifest["held_out"], tokenizer.sha256])
         return corpus
 
     def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
@@ -779,10 +793,10 @@ class Corpus:
         A pure function of (seed, step, row): it is the same for any number of ranks and any micro-batches, of which
         each takes rows of its own. An epoch visits every row of the corpus once, in an order of its own.
         """
-        n = self.train_index[-1]
+        n, first = self.train_index[-1], 0 if self.config.overfit_one_batch else step * self.config.batch_size
         found = []
-        for i in (step * self.batch_size + row for row in rows):
-            epoch = scramble(self.seed, i // n)
+        for i in (first + row for row in rows):
+            epoch = scramble(self.config.seed, i // n)
             found.append(self.train.row(self.train_index, shuffled(i % n, n, epoch), epoch % self.seq_len))
         x, y = (torch.from_numpy(np.stack(z)) for z in zip(*found))
         return x, y
@@ -827,15 +841,35 @@ def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, str]:
         raise UserError(f"{path} cannot be used ({type(e).__name__}: {e}); restore it, or start anew with --out") from e
 
 
+# What a row of log.jsonl holds, one row a step; those marked * with every validation only. A tracker gets the same.
+LOG = {
+    "step": "optimizer steps taken, this one included",
+    "loss": "mean over the batch's scored tokens, nats per token",
+    "lr": "learning rate of this step",
+    "grad_norm": "norm of the gradient before clipping",
+    "tokens": "tokens read so far: step x batch_size x seq_len",
+    "tokens_per_s": "since this process started, validation and saving included",
+    "utilisation": "part of the devices' peak that 6 operations per parameter (embedding left out) and token make up; "
+    "only where the peak is known or given by --peak-tflops",
+    "val_loss": "* nats per token of held-out text",
+    "val_bpb": "* the same in bits per byte of the text",
+    "eta": "* mean inner step size, one number per layer; null for a layer without",
+    "alpha": "* mean retention, likewise",
+    "memory_norm": "* Frobenius norm of a head's memory M after a held-out row, mean over heads, one number per layer",
+    "cms_norm": "* the same for what each in-context level of a CMS has learnt from the row, one list per layer",
+}
+
+
 class Run:
     """A run directory: config.json, log.jsonl, loss.png, checkpoints/step-000100."""
 
     # What may differ between the start of a run and its continuation.
-    FREE = {"out", "device", "keep", "eval_every", "save_every", "data_dir", "verify_data"}
+    FREE = {"out", "device", "keep", "eval_every", "save_every", "data_dir", "verify_data", "tracker", "peak_tflops"}
 
     def __init__(self, path: Path):
         self.path = path
         self.log_path, self.checkpoints = path / "log.jsonl", path / "checkpoints"
+        self.track: Callable[[dict], None] = lambda row: None
 
     def open(self, config: TrainConfig, model: HopeConfig, sha256: str) -> None:
         """Make the directory, or check that the one that is there belongs to this very run."""
@@ -909,6 +943,7 @@ class Run:
     def append(self, row: dict) -> None:
         with open(self.log_path, "a") as f:
             f.write(json.dumps(row) + "\n")
+        self.track(row)
 
     def forget_after(self, step: int) -> None:
         """Drop log rows of steps that a resumed run will take again."""
@@ -922,6 +957,7 @@ class Run:
         for step, y in loss:
             mean = y if mean is None else 0.9 * mean + 0.1 * y
             smooth.append((step, mean))
+        loss, smooth = (line[:: max(1, len(line) // 2000)] for line in (loss, smooth))  # more than can be seen
         val = [(r["step"], r["val_bpb"]) for r in rows if "val_bpb" in r]
         fig = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: no display and no backend is touched
         ax = fig.subplots()
@@ -934,6 +970,30 @@ class Run:
         ax.grid(alpha=0.3)
         ax.legend()
         fig.savefig(self.path / "loss.png", dpi=150)
+
+
+def make_tracker(config: TrainConfig, start: int) -> Callable[[dict], None]:
+    """What takes a row of the log to the tracker that `config` names; lists become one number per layer."""
+    if config.tracker == "none":
+        return lambda row: None
+    what, name = f"--tracker {config.tracker}", str(config.run_dir)
+    if config.tracker == "tensorboard":
+        tensorboard = extra("tensorboard", what) and extra("torch.utils.tensorboard", what)
+        writer = tensorboard.SummaryWriter(f"{name}/tensorboard", purge_step=start + 1)
+        log = lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()] and writer.flush()
+    else:  # these two have the same interface
+        module = extra(config.tracker, what)
+        module.init(project="nested-learning-hope", name=name, config=asdict(config), resume="allow")
+        log = lambda numbers, step: module.log(numbers, step=step)
+
+    def flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+        if isinstance(value, list):
+            for i, part in enumerate(value):
+                yield from flat(f"{name}/{i}", part)
+        elif isinstance(value, (int, float)):
+            yield name, value
+
+    return lambda row: log({k: v for name in row for k, v in flat(name, row[name])}, row["step"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -969,8 +1029,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     rise = max(1, round(config.warmup * config.steps))
     if step < rise:
         return config.lr * (step + 1) / rise
-    along = (step - rise) / max(1, config.steps - rise)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * along)) / 2)
+    fall = config.steps - rise
+    if config.schedule == "wsd":
+        fall = min(fall, round(config.decay_part * config.steps))
+    along = max(0.0, (step - (config.steps - fall)) / max(1, fall))
+    left = 1 - along if config.schedule == "wsd" else (1 + math.cos(math.pi * along)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * left)
 
 
 def validate(model: Hope, corpus: Corpus, device: torch.device) -> float:
@@ -981,6 +1045,41 @@ def validate(model: Hope, corpus: Corpus, device: torch.device) -> float:
             model.observe(xs.to(device), ys.to(device), reduction="none")[0] for xs, ys in zip(x.split(20), y.split(20))
         ]
     return torch.cat(losses).double().sum().item() / (y != -100).sum().item()
+
+
+# Dense bfloat16 peaks in 10^12 operations a second, by a part of the name that torch gives the GPU.
+PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+
+
+def peak_flops(config: TrainConfig, device: torch.device) -> float | None:
+    if config.peak_tflops or device.type != "cuda":
+        return config.peak_tflops * 1e12 or None
+    return next((peak * 1e12 for name, peak in PEAKS.items() if name in torch.cuda.get_device_name(device)), None)
+
+
+@torch.no_grad()
+def memory_numbers(model: Hope, x: Tensor, y: Tensor) -> dict[str, list]:
+    """What memories do on rows x, y: mean eta and alpha, and norms of the states after them, per layer (see LOG)."""
+    sums: dict[str, list] = {name: [[] for _ in model.blocks] for name in ("eta", "alpha")}
+    hooks = []
+    for i, block in enumerate(model.blocks):
+        for name, gate in getattr(block.memory, "gates", {}).items():
+            if name in sums:
+                note = lambda module, inputs, z, name=name, i=i: sums[name][i].append(
+                    (hope.GATES[name](z).mean().item(), z.numel())
+                )
+                hooks.append(gate.register_forward_hook(note))
+    try:
+        _, state = model.observe(x, y)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    norm = lambda layers: sum(w.float().square().sum((-2, -1)) for w in layers).sqrt().mean().item()
+    mean = lambda found: sum(m * n for m, n in found) / sum(n for _, n in found) if found else None
+    return {name: [mean(found) for found in layers] for name, layers in sums.items()} | {
+        "memory_norm": [norm(m.main.now) if isinstance(m, hope.MemoryState) else None for m in state.memories],
+        "cms_norm": [[norm(fast.delta) for fast in layer if fast] for layer in state.cms],
+    }
 
 
 class Interrupt:
@@ -1049,6 +1148,8 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
     print(f"{hope.levels(model, optimizers)}\n")
 
     bits = corpus.tokens_per_byte / math.log(2)  # of nats per token, in bits per byte
+    peak, inner = peak_flops(config, device), size - model.embed.weight.numel()
+    run.track = make_tracker(config, start)
     step, seen, clock = start, 0, time.perf_counter()
     with Interrupt() as interrupt, Progress(start, config.steps) as progress:
         while step < config.steps:
@@ -1073,13 +1174,17 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
                 "step": step, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(),
                 "tokens": step * x.numel(), "tokens_per_s": round(speed, 1),
             }  # fmt: skip
+            if peak:
+                row["utilisation"] = 6 * inner * speed / peak
             if step % config.eval_every == 0 or step == config.steps:
                 row["val_loss"] = validate(model, corpus, device)
                 row["val_bpb"] = row["val_loss"] * bits
+                row |= memory_numbers(model, *(z[:4].to(device) for z in corpus.validation()))
             run.append(row)
             stop = step == config.steps or interrupt.hit
             if step % config.save_every == 0 or stop:
                 run.save(step, model, optimizers, config.keep)
+            if "val_loss" in row or stop:
                 run.plot(title, bits)
             progress.show(row, bits)
             if stop:

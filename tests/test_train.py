@@ -210,6 +210,100 @@ def test_the_learning_rate_rises_and_falls_as_documented():
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(0.2, abs=1e-3)
 
 
+def test_wsd_rises_stays_and_falls_in_a_line():
+    config = train.TrainConfig(steps=100, lr=1.0, warmup=0.1, final_lr=0.2, schedule="wsd", decay_part=0.3)
+    rates = [train.learning_rate(s, config) for s in range(100)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and set(rates[10:71]) == {1.0}
+    assert rates[70:] == pytest.approx([1 - 0.8 * i / 30 for i in range(30)])
+
+
+def test_one_batch_is_learnt_by_heart(capsys):
+    assert run("--overfit-one-batch", "--steps", "150", "--eval-every", "150", "--d-model", "32") == 0
+    log = rows()
+    assert log[-1]["loss"] < 0.1 < 1 < log[0]["loss"]
+    x, _ = train.Corpus.open(train.TrainConfig(data="text.txt", seq_len=64, overfit_one_batch=True)).batch(7, range(2))
+    y, _ = train.Corpus.open(train.TrainConfig(data="text.txt", seq_len=64)).batch(0, range(2))
+    assert torch.equal(x, y)
+
+
+def test_only_matrices_decay(tmp_path):
+    for optimizer in ("muon", "adamw"):
+        model = hope.Hope(hope.HopeConfig.preset("tiny"))
+        groups = [
+            g for o in train.make_optimizers(model, train.TrainConfig(optimizer=optimizer)) for g in o.param_groups
+        ]
+        decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+        kinds = hope.param_groups(model)
+        assert {decay[id(p)] for p in kinds["matrix"]} == {0.1} and {decay[id(p)] for p in kinds["rest"]} == {0}
+
+
+def test_the_log_holds_what_its_schema_says(capsys):
+    assert run("--steps", "3", "--eval-every", "2", "--peak-tflops", "1e-6", "--arch", "samba", "--window", "8", "--n-layer", "2", "--cms", "16,inf") == 0  # fmt: skip
+    plain, seen, _ = rows("runs/tiny-samba")
+    always = {name for name, meaning in train.LOG.items() if not meaning.startswith("*")}
+    assert set(plain) == always and set(seen) == set(train.LOG)
+    model = hope.Hope(train.from_json(Path("runs/tiny-samba/config.json"))[1])
+    n = sum(p.numel() for p in model.parameters()) - model.embed.weight.numel()
+    assert plain["utilisation"] == pytest.approx(6 * n * plain["tokens_per_s"] / 1e6, rel=0.01)
+    assert seen["eta"][1] is seen["alpha"][1] is seen["memory_norm"][1] is None  # softmax attention
+    assert 0 < seen["eta"][0] and 0 < seen["alpha"][0] < 1 and seen["memory_norm"][0] > 0
+    assert [len(layer) for layer in seen["cms_norm"]] == [1, 1] and seen["cms_norm"][0][0] > 0
+
+
+def test_memory_numbers_are_the_means_over_tokens_and_leave_no_hook():
+    torch.manual_seed(0)
+    config = hope.HopeConfig.preset("tiny", d_model=32, n_head=2, chunk=16, chunk_proj=16, cms=(16, hope.INF))
+    model = hope.Hope(config)
+    x = torch.randint(256, (2, 48))
+    for gate, bias, mean in (("eta", 1.5, math.log1p(math.exp(1.5))), ("alpha", -1.0, 1 / (1 + math.e))):
+        with torch.no_grad():
+            model.blocks[0].memory.gates[gate].read.zero_()
+            model.blocks[0].memory.gates[gate].bias.fill_(bias)
+        assert train.memory_numbers(model, x, x)[gate][0] == pytest.approx(mean, rel=1e-5)
+    numbers, (_, state) = train.memory_numbers(model, x, x), model.observe(x, x)
+    main = state.memories[1].main.now
+    norms = [sum(w[b, h].square().sum() for w in main).sqrt() for b in range(2) for h in range(2)]
+    assert numbers["memory_norm"][1] == pytest.approx(sum(norms).item() / 4, rel=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_tensorboard_gets_the_log_once_even_if_the_run_stopped_between(capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    few = ["--tracker", "tensorboard", "--eval-every", "2", "--save-every", "2", "--out", "seen"]
+    assert run(*few, "--steps", "4") == 0
+    import shutil
+
+    shutil.rmtree("seen/checkpoints/step-000004")
+    assert train.main(["--resume", "seen"]) == 0
+    events = EventAccumulator("seen/tensorboard").Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (r["step"], pytest.approx(r["loss"])) for r in rows("seen")
+    ]
+    assert [e.step for e in events.Scalars("memory_norm/0")] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_settings_and_rows_or_is_named_as_missing(name, monkeypatch, capsys):
+    class Fake:  # neither package is part of the tests' installation; both document this interface
+        calls = []
+        init = staticmethod(lambda **settings: Fake.calls.append(settings))
+        log = staticmethod(lambda numbers, step: Fake.calls.append((step, numbers)))
+
+    monkeypatch.setitem(sys.modules, name, None)
+    assert run("--steps", "1", "--tracker", name) == 2
+    assert f"--tracker {name} needs {name}, which is missing; run: pip install {name}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, name, Fake)
+    assert run("--steps", "2", "--eval-every", "2", "--tracker", name, "--out", "seen") == 0
+    start, *logged = Fake.calls
+    assert start["name"] == "seen" and start["config"]["steps"] == 2 and start["resume"] == "allow"
+    assert [step for step, _ in logged] == [1, 2] and logged[1][1]["eta/0"] > 0
+    assert {k: v for k, v in logged[0][1].items() if k != "step"} == {
+        k: v for k, v in rows("seen")[0].items() if k != "step"
+    }
+
+
 def test_diverging_training_stops_with_a_reason(capsys, monkeypatch):
     monkeypatch.setattr(hope.Hope, "observe", lambda self, *a, **k: (torch.tensor(float("nan")), None))
     assert run("--steps", "3") == 2
