@@ -65,7 +65,8 @@ class TrainConfig:
     data: str = setting(
         "pydoc",
         "pydoc (the text that ships with Python); fineweb-edu, wikitext-103, tinystories; hf:NAME for any data set of the "
-        "Hugging Face hub; or files and patterns, separated by commas: text in UTF-8, .jsonl, .parquet, also .gz and .zst",
+        "Hugging Face hub; files and patterns, separated by commas: text in UTF-8, .jsonl, .parquet, also .gz and .zst; or a "
+        "folder that --prepare made",
     )
     data_config: str = setting("", "config of a data set of the hub, where it has several")
     data_split: str = setting("train", "split of a data set of the hub")
@@ -509,22 +510,36 @@ def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
     Reading is one thread's work, tokenising is spread over all cores, and no more than a shard is held in memory. After
     every shard the manifest is written, with the position in the source, so that whatever stops the preparation, it
     goes on from there; a folder is named by a hash of what it was made from. Shards whose size or time of change is not
-    the manifest's are hashed again before they are used, with `verify_data` all are.
+    the manifest's are hashed again before they are used, with `verify_data` all are. `data` may also be such a folder,
+    which was prepared elsewhere.
     """
-    source, name = Source(config), config.tokenizer_name
-    identity = source.identity | {"tokenizer": name}
-    if name.endswith(".tiktoken"):
-        identity["tokenizer_file"] = Tokenizer.load(Path(name)).sha256
-    label = "-".join(re.findall(r"[\w.]+", f"{config.data}-{name}"))[-60:]
-    folder = Path(config.data_dir) / f"{label}-{fingerprint(identity)[:8]}"
+    name, folder = config.tokenizer_name, Path(config.data)
+    ready = (folder / "manifest.json").is_file()
+    if not ready:
+        source = Source(config)
+        identity = source.identity | {"tokenizer": name}
+        if name.endswith(".tiktoken"):
+            identity["tokenizer_file"] = Tokenizer.load(Path(name)).sha256
+        label = "-".join(re.findall(r"[\w.]+", f"{config.data}-{name}"))[-60:]
+        folder = Path(config.data_dir) / f"{label}-{fingerprint(identity)[:8]}"
     manifest = read_manifest(folder)
-    if manifest["complete"] and not config.verify_data and not suspects(folder, manifest):
+    if ready and not manifest["complete"]:
+        raise UserError(f"--data {folder}: its preparation was not finished; finish it where it was begun")
+    if ready and config.tokenizer and config.tokenizer != manifest["source"]["tokenizer"]:
+        raise UserError(
+            f"--data {folder} was prepared with --tokenizer {manifest['source']['tokenizer']}; leave --tokenizer out"
+        )
+    thorough = config.verify_data and os.environ.get("LOCAL_RANK", "0") == "0"
+    if manifest["complete"] and not thorough and not suspects(folder, manifest):
+        return folder, manifest, prepared_tokenizer(folder, manifest)
+    if manifest["complete"] and not os.access(folder, os.W_OK):
+        verify_shards(folder, manifest, thorough)
         return folder, manifest, prepared_tokenizer(folder, manifest)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             manifest = read_manifest(folder)  # another process may have made it meanwhile
-            verify_shards(folder, manifest, thorough=config.verify_data)
+            verify_shards(folder, manifest, thorough)
             if manifest["complete"]:
                 return folder, manifest, prepared_tokenizer(folder, manifest)
             if not (folder / "tokenizer.tiktoken").exists():
@@ -638,7 +653,7 @@ def verify_shards(folder: Path, manifest: dict, thorough: bool) -> None:
         list(
             tqdm(pool.map(check, rows), desc="verifying", total=len(rows), disable=None if rows else True, leave=False)
         )
-    if changed:
+    if changed and os.access(folder, os.W_OK):
         write_manifest(folder, manifest)
 
 
@@ -768,7 +783,7 @@ class Corpus:
             tokenizer = make_tokenizer(config.tokenizer_name, lambda: (text for text, held in documents if not held))
             shard = to_shard(tokenizer, [tokenise(tokenizer, [(text, True, held) for text, held in documents])])
             corpus = cls(config, tokenizer, lambda i: shard, [shard_sizes(shard)], None)
-            corpus.sha256 = hashlib.sha256(safetensors.numpy.save(shard)).hexdigest()
+            corpus.sha256, corpus.source = hashlib.sha256(safetensors.numpy.save(shard)).hexdigest(), "pydoc"
             return corpus
         folder, manifest, tokenizer = prepare(config)
         rows = manifest["shards"]
@@ -784,6 +799,7 @@ class Corpus:
                 raise UserError(f"{folder / rows[i]['file']} cannot be read ({brief(e)}); restore it") from e
 
         corpus = cls(config, tokenizer, shard, rows, manifest["held_out"])
+        corpus.source = str(folder)
         corpus.sha256 = fingerprint([row["sha256"] for row in rows] + [manifest["held_out"], tokenizer.sha256])
         return corpus
 
@@ -1142,8 +1158,8 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
     title = f"{config.arch}, size {config.size}, {size:,} parameters"
     print(f"\n{title}")
     print(
-        f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out ({config.data}, tokens: "
-        f"{config.tokenizer_name}, {1 / corpus.tokens_per_byte:.2f} bytes each), on {device}\n"
+        f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out ({corpus.source}), "
+        f"{corpus.tokenizer.vocab_size:,} kinds of tokens, {1 / corpus.tokens_per_byte:.2f} bytes each, on {device}\n"
     )
     print(f"{hope.levels(model, optimizers)}\n")
 
@@ -1334,7 +1350,9 @@ def main(argv: list[str] | None = None) -> int:
             config = TrainConfig(**settings)
             if args.prepare:
                 corpus = Corpus.open(config)
-                print(f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out")
+                print(
+                    f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out: {corpus.source}"
+                )
                 return 0
             return train(config, HopeConfig.preset(config.size, config.arch, **model_settings))
         config, model, _ = from_json(Path(args.resume) / "config.json")

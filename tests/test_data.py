@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -383,6 +384,24 @@ def test_a_shard_that_is_missing_short_or_altered_is_named(jsonl, small):
         Corpus.open(config(verify_data=True))
 
 
+def test_a_prepared_folder_can_be_copied_and_needs_its_source_no_more(jsonl, small, monkeypatch):
+    one = Corpus.open(config(tokenizer="train:400"))
+    shutil.copytree(one.source, "elsewhere", copy_function=shutil.copy)  # with new times of change
+    Path("docs.jsonl").unlink()
+    with monkeypatch.context() as m:
+        m.setattr(os, "access", lambda path, mode: False)
+        before = Path("elsewhere/manifest.json").read_text()
+        assert Corpus.open(config("elsewhere")).sha256 == one.sha256  # read-only: hashed, but nothing is written
+        assert Path("elsewhere/manifest.json").read_text() == before
+    assert Corpus.open(config("elsewhere", size="60m")).sha256 == one.sha256
+    with pytest.raises(UserError, match="elsewhere was prepared with --tokenizer train:400; leave --tokenizer out"):
+        Corpus.open(config("elsewhere", tokenizer="bytes"))
+    manifest = train.read_manifest(Path("elsewhere")) | {"complete": False}
+    train.write_manifest(Path("elsewhere"), manifest)
+    with pytest.raises(UserError, match="its preparation was not finished"):
+        Corpus.open(config("elsewhere"))
+
+
 def test_an_altered_manifest_or_tokenizer_is_refused(jsonl):
     folder, _, _ = train.prepare(config(tokenizer="train:500"))
     path = folder / "manifest.json"
@@ -541,7 +560,9 @@ def test_a_run_keeps_its_tokenizer_and_samples_with_it(jsonl, capsys):
     command = [*small, "--data", "docs.jsonl", "--tokenizer", "train:400", "--steps", "2", "--out", "mine"]
     assert train.main(command) == 0
     out = capsys.readouterr().out
-    assert "tokens: train:400" in out and json.loads(Path("mine/config.json").read_text())["model"]["vocab_size"] == 400
+    assert (
+        "400 kinds of tokens" in out and json.loads(Path("mine/config.json").read_text())["model"]["vocab_size"] == 400
+    )
     row = json.loads(Path("mine/log.jsonl").read_text().splitlines()[-1])
     ratio = Corpus.open(config(tokenizer="train:400", seq_len=64)).tokens_per_byte
     assert row["val_bpb"] == pytest.approx(row["val_loss"] / np.log(2) * ratio) and ratio < 0.6
