@@ -32,6 +32,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import chain, islice, repeat
@@ -102,6 +103,9 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "decoupled weight decay of the matrices; nothing else decays")
     grad_clip: float = setting(1.0, "gradient norm above which gradients are scaled down")
     seed: int = setting(0, "seeds the start weights and the order of the data")
+    ema: float = setting(
+        0.0, "decay per step of an average of the weights, with which validation and samples are done; 0 for none"
+    )
     overfit_one_batch: bool = setting(False, "read the first batch at every step: the loss must fall to almost nothing")
     eval_every: int = setting(50, "steps between two validations")
     save_every: int = setting(50, "steps between two checkpoints")
@@ -123,8 +127,9 @@ class TrainConfig:
         for name in ("warmup", "decay_part", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a part, from 0 to 1")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; it is a part, from 0 to below 1")
+        for name in ("held_out", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is from 0 to below 1")
 
     @property
     def run_dir(self) -> Path:
@@ -1041,6 +1046,50 @@ def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimi
     return [torch.optim.AdamW(split, **adamw)]
 
 
+class EMA(torch.optim.Optimizer):
+    """Exponential moving average of weights, in an optimizer's clothes: what saves optimizers saves it too.
+
+    Takes its step after the others. Early on it averages over fewer steps than `decay` says, else it would remember
+    the random start for long.
+    """
+
+    def __init__(self, params: Iterable[Tensor], decay: float):
+        super().__init__(params, {"decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["step"], state["average"] = torch.zeros(()), p.detach().clone()
+                t = state["step"].add_(1).item()
+                state["average"].lerp_(p.detach(), 1 - min(group["decay"], t / (10 + t)))
+
+
+def make_average(model: Hope, config: TrainConfig) -> list[EMA]:
+    """The average of the weights that a run keeps: a list of one, or of none."""
+    return [EMA(model.parameters(), config.ema)] if config.ema else []
+
+
+@contextmanager
+def averaged(averages: list[EMA]) -> Iterator[None]:
+    """Inside, the average, if there is one, is the model's weights, and they wait in its place."""
+
+    @torch.no_grad()
+    def swap() -> None:
+        for p, state in (item for average in averages for item in average.state.items()):
+            weights = p.detach().clone()
+            p.copy_(state["average"])
+            state["average"].copy_(weights)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     rise = max(1, round(config.warmup * config.steps))
     if step < rise:
@@ -1148,10 +1197,10 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
     corpus.tokenizer.save(run.path)
     torch.manual_seed(config.seed)
     model = Hope(model_config).to(device)
-    optimizers = make_optimizers(model, config)
+    optimizers, averages = make_optimizers(model, config), make_average(model, config)
     start = 0
     if run.saved():
-        start = run.load(run.saved()[-1], model, optimizers)
+        start = run.load(run.saved()[-1], model, optimizers + averages)
         print(f"{run.path}: going on after step {start}" if start < config.steps else f"{run.path}: finished already")
     run.forget_after(start)
     size = sum(p.numel() for p in model.parameters())
@@ -1182,7 +1231,7 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
                     f"loss {loss.item():.3g}, gradient norm {norm.item():.3g} at step {step + 1}: training diverged; "
                     f"try a smaller --lr than {config.lr:g}"
                 )
-            for optimizer in optimizers:
+            for optimizer in optimizers + averages:
                 optimizer.step()
             step, seen = step + 1, seen + x.numel()
             speed = seen / (time.perf_counter() - clock)
@@ -1193,13 +1242,14 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
             if peak:
                 row["utilisation"] = 6 * inner * speed / peak
             if step % config.eval_every == 0 or step == config.steps:
-                row["val_loss"] = validate(model, corpus, device)
+                with averaged(averages):
+                    row["val_loss"] = validate(model, corpus, device)
+                    row |= memory_numbers(model, *(z[:4].to(device) for z in corpus.validation()))
                 row["val_bpb"] = row["val_loss"] * bits
-                row |= memory_numbers(model, *(z[:4].to(device) for z in corpus.validation()))
             run.append(row)
             stop = step == config.steps or interrupt.hit
             if step % config.save_every == 0 or stop:
-                run.save(step, model, optimizers, config.keep)
+                run.save(step, model, optimizers + averages, config.keep)
             if "val_loss" in row or stop:
                 run.plot(title, bits)
             progress.show(row, bits)
@@ -1210,7 +1260,8 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
         return 130
     print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
     print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
-    print(sample_text(model, corpus.tokenizer, seed=config.seed, **SAMPLING))
+    with averaged(averages):
+        print(sample_text(model, corpus.tokenizer, seed=config.seed, **SAMPLING))
     print(f'\nMore: python train.py --sample {run.path} --prompt "The "')
     return 0
 
@@ -1255,9 +1306,11 @@ def sample(args: argparse.Namespace) -> int:
             f"{model_config.vocab_size}; restore it, or start it anew: python train.py --resume {run.path}"
         )
     model = Hope(model_config).to(pick_device(args.device or config.device))
-    run.load(run.saved()[-1], model)
+    averages = make_average(model, config)
+    run.load(run.saved()[-1], model, make_optimizers(model, config) + averages if averages else None)
     seed = config.seed if args.seed is None else args.seed
-    print(sample_text(model, tokenizer, seed=seed, **{name: getattr(args, name) for name in SAMPLING}))
+    with averaged(averages):
+        print(sample_text(model, tokenizer, seed=seed, **{name: getattr(args, name) for name in SAMPLING}))
     return 0
 
 

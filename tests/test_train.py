@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,8 +96,6 @@ def test_an_interrupted_run_goes_on_to_the_same_end(capsys):
 def test_a_killed_run_loses_only_the_steps_after_its_checkpoint():
     run("--steps", "6", "--out", "whole", "--eval-every", "6", "--save-every", "2")
     run("--steps", "6", "--out", "cut", "--eval-every", "6", "--save-every", "2")
-    import shutil
-
     shutil.rmtree("cut/checkpoints/step-000006")  # as if killed after step 6 was logged and before it was saved
     os.makedirs("cut/checkpoints/.step-000006")  # half a checkpoint
     with open("cut/log.jsonl", "a") as f:
@@ -226,6 +225,38 @@ def test_one_batch_is_learnt_by_heart(capsys):
     assert torch.equal(x, y)
 
 
+def test_the_average_of_weights_follows_its_definition_and_swaps_places_with_them():
+    p, average = torch.nn.Parameter(torch.zeros(3)), 0.0
+    ema = train.EMA([p], decay=0.5)
+    for t in range(1, 30):
+        with torch.no_grad():
+            p.copy_(torch.full((3,), math.sin(t)))
+        ema.step()
+        keep = min(0.5, t / (10 + t))
+        average = math.sin(t) if t == 1 else keep * average + (1 - keep) * math.sin(t)
+    weights = p.detach().clone()
+    with train.averaged([ema]):
+        assert p.detach().tolist() == pytest.approx([average] * 3, rel=1e-5)
+    assert torch.equal(p, weights) and not torch.allclose(p, ema.state[p]["average"])
+
+
+def test_averaged_weights_are_saved_validated_and_sampled(capsys, monkeypatch):
+    sampled = []
+    monkeypatch.setattr(train, "sample_text", lambda model, *a, **k: sampled.append(model.head.weight.clone()) or "")
+    options = ["--eval-every", "4", "--save-every", "4"]
+    assert run("--steps", "8", "--ema", "0.9", "--out", "whole", *options) == 0
+    assert run("--steps", "8", "--out", "plain", *options) == 0
+    assert [r["loss"] for r in rows("whole")] == [r["loss"] for r in rows("plain")]  # training knows nothing of it
+    assert rows("whole")[-1]["val_loss"] != rows("plain")[-1]["val_loss"]
+    shutil.copytree("whole", "cut")
+    shutil.rmtree("cut/checkpoints/step-000008")
+    assert train.main(["--resume", "cut"]) == 0
+    assert [r.get("val_loss") for r in rows("cut")] == [r.get("val_loss") for r in rows("whole")]
+    assert train.main(["--sample", "whole"]) == 0
+    whole, plain, cut, again = sampled
+    assert torch.equal(whole, cut) and torch.equal(whole, again) and not torch.equal(whole, plain)
+
+
 def test_only_matrices_decay(tmp_path):
     for optimizer in ("muon", "adamw"):
         model = hope.Hope(hope.HopeConfig.preset("tiny"))
@@ -273,8 +304,6 @@ def test_tensorboard_gets_the_log_once_even_if_the_run_stopped_between(capsys):
 
     few = ["--tracker", "tensorboard", "--eval-every", "2", "--save-every", "2", "--out", "seen"]
     assert run(*few, "--steps", "4") == 0
-    import shutil
-
     shutil.rmtree("seen/checkpoints/step-000004")
     assert train.main(["--resume", "seen"]) == 0
     events = EventAccumulator("seen/tensorboard").Reload()
