@@ -2,6 +2,7 @@
 
     python train.py                                    Hope, size tiny, on the text that ships with Python
     python train.py --arch transformer++               the baseline, same data, same steps
+    python train.py --data my.txt                      your own text: files, patterns, or a data set of the hub
     python train.py --sample runs/tiny --prompt "The " continue a prompt with a trained model
     python train.py --resume runs/tiny                 go on with a run that was stopped
 
@@ -11,20 +12,37 @@ Every setting is a flag; a run directory holds config.json, log.jsonl, loss.png 
 from __future__ import annotations
 
 import argparse
+import base64
+import codecs
 import difflib
+import glob
+import gzip
 import hashlib
+import importlib
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, lru_cache
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import numpy as np
+import safetensors.numpy
 import torch
+from filelock import FileLock
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -45,7 +63,28 @@ class TrainConfig:
 
     size: Literal[tuple(HopeConfig.SIZES)] = setting("tiny", "width and depth of the model")
     arch: Literal[tuple(HopeConfig.ARCHS)] = setting("hope", "architecture")
-    data: str = setting("pydoc", "pydoc (the text that ships with Python), or the path of a text file in UTF-8")
+    data: str = setting(
+        "pydoc",
+        "pydoc (the text that ships with Python); fineweb-edu, wikitext-103, tinystories; hf:NAME for any data set of the "
+        "Hugging Face hub; files and patterns, separated by commas: text in UTF-8, .jsonl, .parquet, also .gz and .zst; or a "
+        "folder that --prepare made",
+    )
+    data_config: str = setting("", "config of a data set of the hub, where it has several")
+    data_split: str = setting("train", "split of a data set of the hub")
+    text_field: str = setting("text", "field of a jsonl file, parquet file or data set that holds the text")
+    tokenizer: str = setting(
+        "",
+        "bytes; train:N for N byte pairs learnt from the data; a tiktoken encoding such as gpt2; or a .tiktoken file; "
+        "default: bytes for size tiny, else train:32000",
+    )
+    held_out: float = setting(
+        0.0, "part of the documents that is held out; 0 for the data's own: a tenth, less of the named data sets"
+    )
+    reset_at_documents: bool = setting(
+        False, "rows hold one document each, filled up if it is short, so that memories and attention see no other one"
+    )
+    data_dir: str = setting("data", "where prepared data is kept")
+    verify_data: bool = setting(False, "hash prepared data anew, even if it looks untouched by size and time of change")
     out: str = setting("", "run directory; default: runs/SIZE, with -ARCH appended for other architectures than hope")
     steps: int = setting(200, "optimizer steps")
     batch_size: int = setting(2, "sequences a step")
@@ -54,14 +93,30 @@ class TrainConfig:
         "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all"
     )
     lr: float = setting(1e-2, "peak learning rate")
+    schedule: Literal["cosine", "wsd"] = setting(
+        "cosine",
+        "how the learning rate falls after its rise: along a cosine, or not until the end, then straight (wsd)",
+    )
     warmup: float = setting(0.05, "part of the steps over which the learning rate rises")
-    final_lr: float = setting(0.05, "learning rate at the end, as a part of the peak; it falls along a cosine")
-    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices")
+    decay_part: float = setting(0.2, "wsd: part of the steps over which the learning rate falls")
+    final_lr: float = setting(0.05, "learning rate at the end, as a part of the peak")
+    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices; nothing else decays")
     grad_clip: float = setting(1.0, "gradient norm above which gradients are scaled down")
     seed: int = setting(0, "seeds the start weights and the order of the data")
+    ema: float = setting(
+        0.0, "decay per step of an average of the weights, with which validation and samples are done; 0 for none"
+    )
+    overfit_one_batch: bool = setting(False, "read the first batch at every step: the loss must fall to almost nothing")
     eval_every: int = setting(50, "steps between two validations")
     save_every: int = setting(50, "steps between two checkpoints")
     keep: int = setting(2, "checkpoints that are kept")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
+        "none", "where the log goes besides log.jsonl"
+    )
+    peak_tflops: float = setting(
+        0.0,
+        "peak of one device, in 10^12 operations a second, to measure utilisation by; 0 for known GPUs' in bfloat16",
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
     def __post_init__(self) -> None:
@@ -69,21 +124,172 @@ class TrainConfig:
         check_positive(self, "steps", "batch_size", "seq_len", "eval_every", "save_every", "keep")
         if self.lr <= 0 or self.grad_clip <= 0:
             raise ValueError(f"lr is {self.lr}, grad_clip is {self.grad_clip}; both must be positive")
-        if not 0 <= self.warmup <= 1 or not 0 <= self.final_lr <= 1:
-            raise ValueError(f"warmup is {self.warmup}, final_lr is {self.final_lr}; both are parts, from 0 to 1")
+        for name in ("warmup", "decay_part", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a part, from 0 to 1")
+        for name in ("held_out", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is from 0 to below 1")
 
     @property
     def run_dir(self) -> Path:
         name = self.size if self.arch == "hope" else f"{self.size}-{self.arch}"
         return Path(self.out or f"runs/{name}")
 
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer or ("bytes" if self.size == "tiny" else "train:32000")
+
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data
+# Tokenizers
 
 
-def pydoc_text() -> tuple[str, str]:
-    """English about Python from the standard library's `pydoc_data`: (training text, held-out text).
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside, then rename: a reader sees all of it or what was there before."""
+    beside = path.with_name(f".{path.name}.new")
+    with open(beside, "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# How text is split before byte pairs are merged: GPT-4's pattern, as tiktoken has it for cl100k_base.
+SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+
+
+def extra(module: str, what: str) -> Any:
+    """Import a package that the default run does without."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        name = module.split(".")[0]
+        install = name if name in ("tensorboard", "trackio", "wandb") else '"nested-learning-hope[data]"'
+        raise UserError(f"{what} needs {name}, which is missing; run: pip install {install}") from e
+
+
+class Tokenizer:
+    """Text as bytes, or as byte pairs merged by rank: what a `.tiktoken` file holds, together with a split pattern.
+
+    One token, `eot`, stands in front of every document. Among bytes it is the zero byte, which text does without;
+    otherwise the first number that `ranks` leaves free. decode(encode(text)) == text for any text; half a surrogate
+    pair, which is no text, becomes a question mark.
+    """
+
+    def __init__(self, ranks: dict[bytes, int] | None = None, pattern: str = SPLIT):
+        self.ranks, self.pattern = ranks, pattern
+        used = {0: b""} | {i: bytes([i]) for i in range(1, 256)} if ranks is None else {i: t for t, i in ranks.items()}
+        self.eot = 0 if ranks is None else next(i for i in range(len(used) + 1) if i not in used)
+        self.vocab_size = max(*used, self.eot) + 1
+        # Bytes of text that every token stands for; bits per byte are counted with it.
+        self.lengths = np.array([len(used.get(i, b"")) for i in range(self.vocab_size)])
+        self.dtype = np.uint8 if ranks is None else np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        if ranks is not None:
+            tiktoken = extra("tiktoken", "--tokenizer")
+            self.encoding = tiktoken.Encoding(
+                "", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|eot|>": self.eot}
+            )
+
+    @cached_property
+    def sha256(self) -> str:
+        return fingerprint([self.pattern, sorted((i, t.hex()) for t, i in self.ranks.items())] if self.ranks else None)
+
+    def encode(self, text: str) -> np.ndarray:
+        raw = text.encode(errors="replace")
+        if self.ranks is None:
+            return np.frombuffer(raw, np.uint8)
+        return self.encoding.encode_to_numpy(raw.decode(), disallowed_special=()).astype(self.dtype)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; what is not UTF-8 is shown as U+FFFD."""
+        if self.ranks is None:
+            return bytes(tokens).decode(errors="replace")
+        return self.encoding.decode_bytes([t for t in tokens if self.lengths[t]]).decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.tiktoken and, for the pattern, tokenizer.json; bytes need neither."""
+        if self.ranks is not None:
+            lines = (f"{base64.b64encode(t).decode()} {i}\n" for t, i in sorted(self.ranks.items(), key=lambda r: r[1]))
+            write_atomically(folder / "tokenizer.json", json.dumps({"pattern": self.pattern}) + "\n")
+            write_atomically(folder / "tokenizer.tiktoken", "".join(lines))
+
+    @staticmethod
+    def load(path: Path) -> Tokenizer:
+        """Read a `.tiktoken` file, with the pattern from the .json file beside it, or GPT-4's if there is none."""
+        try:
+            lines = (line.split() for line in path.read_text().splitlines() if line)
+            ranks = {base64.b64decode(token, validate=True): int(i) for token, i in lines}
+            beside = path.with_suffix(".json")
+            pattern = json.loads(beside.read_text())["pattern"] if beside.exists() else SPLIT
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"tokenizer {path} cannot be read ({e}); it must be a file in tiktoken's format") from e
+        numbers = sorted(ranks.values())
+        if not {bytes([i]) for i in range(256)} <= set(ranks) or len(set(numbers)) < len(ranks) or numbers[0] < 0:
+            raise UserError(f"tokenizer {path} cannot be used; it must hold all 256 bytes and no number twice")
+        if numbers[-1] > 2 * len(ranks):
+            raise UserError(f"tokenizer {path} numbers {len(ranks)} tokens up to {numbers[-1]}; number them from 0 on")
+        try:
+            return Tokenizer(ranks, pattern)
+        except ValueError as e:
+            raise UserError(f"tokenizer {path} cannot be used ({e})") from e
+
+    @staticmethod
+    def train(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+        """Byte-pair encoding learnt from texts, at most 1 GB of them. Text too small for so many tokens gives fewer."""
+        trainer, left = extra("rustbpe", "--tokenizer train:N").Tokenizer(), 2**30
+
+        def some() -> Iterator[str]:
+            nonlocal left
+            for text in texts:
+                yield text
+                left -= len(text)
+                if left <= 0:
+                    return
+
+        trainer.train_from_iterator(some(), vocab_size=vocab_size - 1, pattern=SPLIT)  # one is for eot
+        tokenizer = Tokenizer({bytes(token): i for token, i in trainer.get_mergeable_ranks()})
+        if tokenizer.vocab_size < vocab_size:
+            print(f"the text yields {tokenizer.vocab_size:,} tokens, not {vocab_size:,}: the vocabulary is that small")
+        return tokenizer
+
+
+def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that --tokenizer names; `texts` are what train:N learns from."""
+    if name == "bytes":
+        return Tokenizer()
+    if name.startswith("train:"):
+        if not name[6:].isdecimal() or not 257 <= int(name[6:]) <= 2**24:
+            raise UserError(f"--tokenizer {name}: the vocabulary is a number of tokens from 257, as in train:32000")
+        return Tokenizer.train(int(name[6:]), texts())
+    if name.endswith(".tiktoken"):
+        return Tokenizer.load(Path(name))
+    tiktoken = extra("tiktoken", f"--tokenizer {name}")
+    if name not in tiktoken.list_encoding_names():
+        raise UserError(
+            f"--tokenizer {name}: no such tokenizer; allowed: bytes, train:N, a .tiktoken file, "
+            f"{', '.join(tiktoken.list_encoding_names())}"
+        )
+    try:
+        named = tiktoken.get_encoding(name)
+    except OSError as e:
+        raise UserError(
+            f"--tokenizer {name} must be downloaded once, and that failed ({type(e).__name__}); "
+            "connect to the network, or use bytes, train:N or a .tiktoken file"
+        ) from e
+    return Tokenizer(named._mergeable_ranks, named._pat_str)  # the way tiktoken's own README extends an encoding
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: documents -> shards of tokens -> the rows of a step
+
+
+def pydoc_documents() -> list[tuple[str, bool]]:
+    """English about Python from the standard library's `pydoc_data`: topics, and whether each is held out.
 
     Topics quote each other at length, so a paragraph is kept only where it first occurs, longest topic first; else the
     held-out text would have been seen in training. Every tenth topic is held out.
@@ -98,79 +304,534 @@ def pydoc_text() -> tuple[str, str]:
         seen |= new
         if new:
             kept[name] = "\n\n".join(paragraphs)
-    held_out = sorted(kept)[5::10]
-    return tuple("\n\n".join(kept[n] for n in sorted(kept) if (n in held_out) is held) for held in (False, True))
+    return [(kept[name], i % 10 == 5) for i, name in enumerate(sorted(kept))]
+
+
+def pydoc_text() -> tuple[str, str]:
+    """The same as two texts, for training and held out."""
+    return tuple("\n\n".join(t for t, held in pydoc_documents() if held is which) for which in (False, True))
+
+
+# Named data sets of the Hugging Face hub: their names there, configs, and the part that is held out. WikiText's rows
+# are lines, and an article begins with a line such as " = Title = ".
+HUB = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-100BT", 0.0005),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", 0.01),
+    "tinystories": ("roneneldan/TinyStories", None, 0.01),
+}
+WIKITEXT_TITLE = re.compile(r" = [^=].* = \n")
+PIECE = 2**20  # bytes of a text file that are read at once, and characters that are tokenised at once
+SHARD = 2**25  # tokens of a shard, which is what an interrupted preparation does not have to do again
+
+
+def brief(e: BaseException) -> str:
+    return f"{type(e).__name__}: {e}".splitlines()[0][:200]
+
+
+def parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+class Source:
+    """The text that --data names, piece by piece, always in the same order.
+
+    Iterating gives (text, whether it begins a document). A text file is one document and comes in pieces; a row of a
+    jsonl or parquet file or of a data set is one. `position` is where to go on, and is set to start from there.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.data, self.field = config.data, config.text_field
+        self.position: Any = [0, 0]
+        self.held_out = config.held_out or 0.1
+        if config.data in HUB or config.data.startswith("hf:"):
+            name, preset, held_out = HUB.get(config.data, (config.data[3:], None, 0.1))
+            self.held_out = config.held_out or held_out
+            self.hub = (name, config.data_config or preset, config.data_split)
+            self.identity = {"hub": self.hub}
+        else:
+            self.hub, self.files = None, self._find(config.data)
+            self.identity = {"files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]}
+        self.identity |= {"field": self.field, "held_out": self.held_out}
+
+    @staticmethod
+    def _find(data: str) -> list[Path]:
+        found: set[str] = set()
+        for pattern in [data] if Path(data).is_file() else data.split(","):
+            files = [f for f in glob.glob(pattern, recursive=True) if Path(f).is_file()]
+            if not files:
+                raise UserError(
+                    f"--data {pattern}: no such file; give files or patterns separated by commas, hf:NAME for a data "
+                    f"set of the Hugging Face hub, or one of: pydoc, {', '.join(HUB)}"
+                )
+            found |= set(files)
+        return [Path(f) for f in sorted(found)]
+
+    def __iter__(self) -> Iterator[tuple[str, bool]]:
+        if self.hub:
+            yield from self._rows()
+            return
+        first, done = self.position
+        for i, path in list(enumerate(self.files))[first:]:
+            self.position = [i, done]
+            for piece in islice(self._read(path), done, None):
+                self.position = [i, self.position[1] + 1]
+                yield piece
+            done = 0
+
+    def _rows(self) -> Iterator[tuple[str, bool]]:
+        datasets, (name, config, split) = extra("datasets", f"--data {self.data}"), self.hub
+        again = "run the same command again to go on where it stopped"
+        try:
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+            if self.position != [0, 0]:
+                rows.load_state_dict(self.position)
+            iterator = iter(rows)
+        except Exception as e:  # many kinds, from three libraries
+            raise UserError(
+                f"--data {self.data}, config {config}, split {split} cannot be read ({brief(e)}); "
+                "check the names (--data-config, --data-split) and the network"
+            ) from e
+        self.state = rows.state_dict
+        while True:
+            try:
+                row = next(iterator, None)
+            except Exception as e:
+                raise UserError(f"--data {self.data}: reading failed ({brief(e)}); {again}") from e
+            if row is None:
+                return
+            text = self._field(row, f"--data {self.data}")
+            yield text, self.data != "wikitext-103" or WIKITEXT_TITLE.fullmatch(text) is not None
+
+    def now(self) -> Any:
+        return self.state() if self.hub else self.position
+
+    def _field(self, row: Any, where: str) -> str:
+        if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
+            fields = ", ".join(row) if isinstance(row, dict) else "no JSON object"
+            raise UserError(f"{where}: no text in field {self.field!r}, there is: {fields}; name it by --text-field")
+        return row[self.field]
+
+    @staticmethod
+    def _open(path: Path, where: str) -> Any:
+        if path.suffix == ".zst":  # by pyarrow: the zstandard package takes a file that was cut for a whole one
+            return io.BufferedReader(extra("pyarrow", where).input_stream(str(path), compression="zstd"))
+        return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+
+    def _read(self, path: Path) -> Iterator[tuple[str, bool]]:
+        """(piece, whether it begins a document) of a file."""
+        kind = [s for s in path.suffixes if s not in (".gz", ".zst")][-1:]
+        where = f"--data {path}"
+        try:
+            if kind == [".parquet"]:
+                parquet = extra("pyarrow.parquet", where).ParquetFile(path)
+                columns = [self.field] if self.field in parquet.schema_arrow.names else None
+                for batch in parquet.iter_batches(64, columns=columns):
+                    for row in batch.to_pylist():
+                        yield self._field(row, where), True
+                return
+            with self._open(path, where) as f:
+                if kind == [".jsonl"]:
+                    for n, line in enumerate(f, 1):
+                        if line.strip():
+                            yield self._field(parse(line), f"{where}, line {n}"), True
+                    return
+                decoder, seen, begins = codecs.getincrementaldecoder("utf-8")(), 0, True
+                while True:
+                    block = f.read(PIECE)
+                    start = seen - len(decoder.getstate()[0])  # the last block may have cut a character
+                    try:
+                        text = decoder.decode(block, final=not block)
+                    except UnicodeDecodeError as e:
+                        raise UserError(f"{where}: not text, byte {start + e.start} is not UTF-8") from e
+                    if "\0" in text:
+                        raise UserError(f"{where}: not text, it holds zero bytes; give text in UTF-8")
+                    if not block:
+                        return
+                    yield text, begins
+                    seen, begins = seen + len(block), False
+        except UserError:
+            raise
+        except Exception as e:  # damaged archives raise whatever their library likes
+            raise UserError(f"{where} cannot be read ({brief(e)}); restore it, or leave it out") from e
+
+
+def jobs(source: Source, held: bool | None = None) -> Iterator[tuple[list[tuple[str, bool, bool]], dict]]:
+    """Gather pieces to tokenise at once, each (text, begins, held out), with the position after them.
+
+    A document is held out by the hash of its first piece, so that copies of it are on the same side. `held` is the side
+    of the document in which the position lies. Documents without text are left out.
+    """
+    job, size, fresh = [], 0, held is None
+    for text, begins in source:
+        fresh |= begins
+        if fresh and not text.strip():
+            continue
+        if fresh:
+            first = hashlib.sha256(text.encode(errors="replace")).digest()[:8]
+            held = int.from_bytes(first, "big") < source.held_out * 2**64
+        job.append((text, fresh, held))
+        size, fresh = size + len(text), False
+        if size >= PIECE:
+            yield job, {"source": source.now(), "held": held}
+            job, size = [], 0
+    if job:
+        yield job, {"source": source.now(), "held": held}
+
+
+# What a shard holds: tokens for training and held out, and where in them documents start (an eot each).
+SPLITS = ("train", "held_out")
+
+
+def tokenise(tokenizer: Tokenizer, job: list[tuple[str, bool, bool]]) -> dict[str, list[np.ndarray]]:
+    parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for text, begins, held in job:
+        tokens = tokenizer.encode(text)
+        parts[SPLITS[held]].append(np.insert(tokens, 0, tokenizer.eot) if begins else tokens)
+    return parts
+
+
+def to_shard(tokenizer: Tokenizer, parts: list[dict[str, list[np.ndarray]]]) -> dict[str, np.ndarray]:
+    """The tensors of a shard; either split begins with an eot, as if a document cut by the shard's end began anew."""
+    shard = {}
+    for split in SPLITS:
+        found = [z for part in parts for z in part[split]]
+        cut = found and found[0][0] != tokenizer.eot
+        head = np.array([tokenizer.eot] * bool(cut), tokenizer.dtype)
+        shard[split] = np.concatenate([head, *found])
+        shard[f"{split}_starts"] = np.flatnonzero(shard[split] == tokenizer.eot)
+    return shard
+
+
+def shard_sizes(shard: dict[str, np.ndarray]) -> dict[str, int]:
+    return {**{s: len(shard[s]) for s in SPLITS}, "documents": sum(len(shard[f"{s}_starts"]) for s in SPLITS)}
+
+
+def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
+    """Shards of the data that `config` names, made by the first process that asks: folder, manifest, tokenizer.
+
+    Reading is one thread's work, tokenising is spread over all cores, and no more than a shard is held in memory. After
+    every shard the manifest is written, with the position in the source, so that whatever stops the preparation, it
+    goes on from there; a folder is named by a hash of what it was made from. Shards whose size or time of change is not
+    the manifest's are hashed again before they are used, with `verify_data` all are. `data` may also be such a folder,
+    which was prepared elsewhere.
+    """
+    name, folder = config.tokenizer_name, Path(config.data)
+    ready = (folder / "manifest.json").is_file()
+    if not ready:
+        source = Source(config)
+        identity = source.identity | {"tokenizer": name}
+        if name.endswith(".tiktoken"):
+            identity["tokenizer_file"] = Tokenizer.load(Path(name)).sha256
+        label = "-".join(re.findall(r"[\w.]+", f"{config.data}-{name}"))[-60:]
+        folder = Path(config.data_dir) / f"{label}-{fingerprint(identity)[:8]}"
+    manifest = read_manifest(folder)
+    if ready and not manifest["complete"]:
+        raise UserError(f"--data {folder}: its preparation was not finished; finish it where it was begun")
+    if ready and config.tokenizer and config.tokenizer != manifest["source"]["tokenizer"]:
+        raise UserError(
+            f"--data {folder} was prepared with --tokenizer {manifest['source']['tokenizer']}; leave --tokenizer out"
+        )
+    thorough = config.verify_data and os.environ.get("LOCAL_RANK", "0") == "0"
+    if manifest["complete"] and not thorough and not suspects(folder, manifest):
+        return folder, manifest, prepared_tokenizer(folder, manifest)
+    if manifest["complete"] and not os.access(folder, os.W_OK):
+        verify_shards(folder, manifest, thorough)
+        return folder, manifest, prepared_tokenizer(folder, manifest)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            manifest = read_manifest(folder)  # another process may have made it meanwhile
+            verify_shards(folder, manifest, thorough)
+            if manifest["complete"]:
+                return folder, manifest, prepared_tokenizer(folder, manifest)
+            if not (folder / "tokenizer.tiktoken").exists():
+                texts = lambda: (text for job, _ in jobs(Source(config)) for text, _, held in job if not held)
+                make_tokenizer(name, texts).save(folder)
+            manifest |= {"source": identity, "held_out": source.held_out}
+            manifest["tokenizer_sha256"] = (tokenizer := prepared_tokenizer(folder, {})).sha256
+            make_shards(folder, manifest, tokenizer, source)
+    except OSError as e:
+        raise UserError(
+            f"{folder} cannot be written ({e.strerror or e}); make room or use another --data-dir; "
+            "the same command goes on where this one stopped"
+        ) from e
+    return folder, manifest, tokenizer
+
+
+def make_shards(folder: Path, manifest: dict, tokenizer: Tokenizer, source: Source) -> None:
+    if manifest["shards"]:
+        print(f"{folder}: going on after {len(manifest['shards'])} shards")
+        source.position = manifest["position"]["source"]
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts, size, queue = [], 0, deque()
+
+    def write(position: dict | None) -> None:
+        nonlocal parts, size
+        if size:
+            shard, file = to_shard(tokenizer, parts), f"shard-{len(manifest['shards']):05d}.safetensors"
+            raw = safetensors.numpy.save(shard)
+            write_atomically(folder / file, raw)
+            row = {"file": file, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+            row["mtime_ns"] = (folder / file).stat().st_mtime_ns
+            manifest["shards"].append(row | shard_sizes(shard))
+        manifest.update(position=position, complete=position is None)
+        write_manifest(folder, manifest)
+        parts, size = [], 0
+
+    held = (manifest["position"] or {}).get("held")
+    bar = tqdm(desc=f"preparing {folder}", unit="B", unit_scale=True, disable=None, leave=False)
+    with ThreadPoolExecutor(workers) as pool, bar:  # tiktoken works without Python's lock
+        for job, position in chain(jobs(source, held), repeat((None, None), 2 * workers)):
+            if job:
+                queue.append((pool.submit(tokenise, tokenizer, job), position, sum(len(text) for text, _, _ in job)))
+            if queue and (not job or len(queue) >= 2 * workers):
+                future, position, length = queue.popleft()
+                parts.append(future.result())
+                size += sum(len(z) for split in SPLITS for z in parts[-1][split])
+                bar.update(length)
+                if size >= SHARD:
+                    write(position)
+    write(None)
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    write_atomically(
+        folder / "manifest.json", json.dumps({"sha256": fingerprint(manifest), **manifest}, indent=1) + "\n"
+    )
+
+
+def read_manifest(folder: Path) -> dict:
+    path = folder / "manifest.json"
+    if not path.exists():
+        return {"complete": False, "position": None, "shards": []}
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest.pop("sha256") != fingerprint(manifest):
+            raise ValueError("it was altered")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} cannot be used ({e}); restore it, or delete {folder} to prepare it anew") from e
+
+
+def prepared_tokenizer(folder: Path, manifest: dict) -> Tokenizer:
+    path = folder / "tokenizer.tiktoken"
+    tokenizer = Tokenizer.load(path) if path.exists() else Tokenizer()
+    if manifest.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise UserError(f"{path} is missing or altered; restore it, or delete {folder} to prepare it anew")
+    return tokenizer
+
+
+def suspects(folder: Path, manifest: dict) -> list[dict]:
+    """Shards that were changed since their hash was taken. UserError for one that is missing or has another size."""
+    found = []
+    for row in manifest["shards"]:
+        path = folder / row["file"]
+        try:
+            stat = path.stat()
+        except OSError as e:
+            raise UserError(f"{path} is missing; restore it, or delete {folder} to prepare it anew") from e
+        if stat.st_size != row["bytes"]:
+            raise UserError(
+                f"{path} has {stat.st_size} bytes, not {row['bytes']}; restore it, or delete {folder} to prepare it anew"
+            )
+        if stat.st_mtime_ns != row["mtime_ns"]:
+            found.append(row)
+    return found
+
+
+def verify_shards(folder: Path, manifest: dict, thorough: bool) -> None:
+    """Hash the shards that may have changed, or all; what is as it was is remembered by its new time of change."""
+
+    def check(row: dict) -> None:
+        path = folder / row["file"]
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != row["sha256"]:
+                raise UserError(f"{path} was altered; restore it, or delete {folder} to prepare it anew")
+        row["mtime_ns"] = path.stat().st_mtime_ns
+
+    changed = suspects(folder, manifest)
+    rows = manifest["shards"] if thorough else changed
+    with ThreadPoolExecutor() as pool:
+        list(
+            tqdm(pool.map(check, rows), desc="verifying", total=len(rows), disable=None if rows else True, leave=False)
+        )
+    if changed and os.access(folder, os.W_OK):
+        write_manifest(folder, manifest)
+
+
+def scramble(*numbers: int) -> int:
+    """A pseudo-random 64-bit integer, a pure function of the given ones (each is mixed in by splitmix64)."""
+    z = 0
+    for number in numbers:
+        z = (z + number + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+    return z
+
+
+def shuffled(i: int, n: int, key: int) -> int:
+    """The i-th element of a permutation of range(n) that `key` picks, without the permutation being made.
+
+    A Feistel network permutes the numbers below the next power of 4; where it leads out of range(n), it is applied
+    until it leads back (cycle walking), which keeps it a permutation and takes less than 4 turns on average.
+    """
+    half = ((n - 1).bit_length() + 1) // 2
+    while True:
+        left, right = i >> half, i % 2**half
+        for turn in range(6):
+            left, right = right, left ^ scramble(key, turn, right) % 2**half
+        i = left << half | right
+        if i < n:
+            return i
+
+
+class Rows:
+    """The rows that tokens are cut into, of `seq_len` tokens each, and numbered.
+
+    `spans` are (shard, split, first, last) and hold the tokens; no row reaches over two of them. Packed, a row is any
+    window; with `reset` it is a piece of one document, and short ones are filled up with targets -100.
+    """
+
+    def __init__(self, shard: Callable[[int], Any], spans: list[tuple[int, str, int, int]], seq_len: int, reset: bool):
+        self.shard, self.spans, self.seq_len, self.reset = shard, spans, seq_len, reset
+        self.bounds = lru_cache(64)(self._bounds)  # of a hundred billion tokens, documents alone would fill the memory
+        self.tokens = sum(last - first for _, _, first, last in spans)
+
+    def index(self, slack: int) -> list[int]:
+        """How many rows there are up to the end of every span, if `slack` tokens of each are left out."""
+        if self.reset:
+            rows = [int(self.bounds(s)[1][-1]) for s in range(len(self.spans))]
+        else:
+            rows = [max(0, (last - first - slack - 1) // self.seq_len) for _, _, first, last in self.spans]
+        return np.cumsum(rows).tolist()
+
+    def _bounds(self, s: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a span: where its documents begin, and how many rows there are before each; both with the end."""
+        number, split, first, last = self.spans[s]
+        starts = self.shard(number)[f"{split}_starts"][:]
+        inside = starts[(starts > first) & (starts < last - 1)]
+        bounds = np.concatenate([[first], inside, [last - 1]])
+        return bounds, np.concatenate([[0], np.cumsum(-(-np.diff(bounds) // self.seq_len))])
+
+    def row(self, index: list[int], i: int, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets (seq_len,) of row i; packed, `offset` tokens after the beginning of its span."""
+        s = bisect_right(index, i)
+        i -= index[s - 1] if s else 0
+        number, split, first, _ = self.spans[s]
+        start, stop = first + offset + i * self.seq_len, None
+        if self.reset:
+            bounds, before = self.bounds(s)
+            document = int(np.searchsorted(before, i, "right")) - 1
+            start = int(bounds[document] + (i - before[document]) * self.seq_len)
+            stop = int(bounds[document + 1]) + 1
+        stop = min(stop or start + self.seq_len + 1, start + self.seq_len + 1)
+        tokens = self.shard(number)[split][start:stop].astype(np.int64)
+        missing = (0, self.seq_len + 1 - len(tokens))
+        return np.pad(tokens[:-1], missing), np.pad(tokens[1:], missing, constant_values=-100)
 
 
 class Corpus:
-    """Byte tokens of a text, split into training and held-out tokens."""
+    """Tokens to train on and tokens held out, and which of them every step reads.
 
-    def __init__(self, data: str, seq_len: int):
-        if data == "pydoc":
-            train, val = (t.encode() for t in pydoc_text())
-        else:
-            text = self._read(Path(data))
-            cut = len(text) - len(text) // 10
-            train, val = text[:cut], text[cut:]
-        for part, name in ((train, "training"), (val, "held-out")):
-            if len(part) < 2 * seq_len + 1:
+    Documents are held out whole, by a hash of their text. Where there are so few that chance would decide how much that
+    is, it is the end of the text instead, be it in the middle of a document.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        shard: Callable[[int], Any],
+        sizes: list[dict],
+        held_out: float | None,
+    ):
+        """`shard(i)` maps names to tensors that can be sliced; `held_out` is None where documents are sorted already."""
+        self.config, self.tokenizer, self.seq_len = config, tokenizer, config.seq_len
+        spans = {split: [(i, split, 0, s[split]) for i, s in enumerate(sizes) if s[split]] for split in SPLITS}
+        total, documents = sum(s[split] for s in sizes for split in SPLITS), sum(s["documents"] for s in sizes)
+        if held_out is not None and documents * held_out < 10:
+            everything, keep = spans["train"] + spans["held_out"], total - int(total * held_out)
+            spans = {split: [] for split in SPLITS}
+            for i, split, first, last in everything:
+                cut = min(keep, last)
+                spans["train"] += [(i, split, first, cut)] if cut > first else []
+                spans["held_out"] += [(i, split, cut, last)] if cut < last else []
+                keep -= cut
+        self.train, self.held_out = (
+            Rows(shard, spans[split], self.seq_len, config.reset_at_documents) for split in SPLITS
+        )
+        # An epoch starts at an offset of its own, below seq_len.
+        self.train_index, self.held_out_index = self.train.index(self.seq_len - 1), self.held_out.index(0)
+        for rows, index, name in (
+            (self.train, self.train_index, "training"),
+            (self.held_out, self.held_out_index, "held-out"),
+        ):
+            if not index or not index[-1]:
                 raise UserError(
-                    f"--data {data}: its {name} part has {len(part)} bytes, too few for --seq-len {seq_len}; "
-                    "give more text or a shorter --seq-len"
+                    f"--data {config.data}: its {name} part has {rows.tokens} tokens, too few for --seq-len "
+                    f"{self.seq_len}; give more text or a shorter --seq-len"
                 )
-        self.sha256 = hashlib.sha256(train + b"\0" + val).hexdigest()
-        self.train, self.val = (torch.frombuffer(bytearray(p), dtype=torch.uint8) for p in (train, val))
-        self.seq_len = seq_len
+        scored = self.validation()[1].numpy()
+        scored = scored[scored >= 0]
+        # Exact on what is scored, so that bits per byte compare between tokenizers.
+        self.tokens_per_byte = len(scored) / tokenizer.lengths[scored].sum()
 
-    @staticmethod
-    def _read(path: Path) -> bytes:
-        fix = "give the path of a text file in UTF-8, or pydoc"
-        if not path.is_file():
-            raise UserError(f"--data {path}: no such file; {fix}")
-        try:
-            raw = path.read_bytes()
-            raw.decode()
-        except OSError as e:
-            raise UserError(f"--data {path}: cannot be read ({e.strerror}); {fix}") from e
-        except UnicodeDecodeError as e:
-            raise UserError(f"--data {path}: not text, byte {e.start} is not UTF-8; {fix}") from e
-        if not raw.strip():
-            raise UserError(f"--data {path}: the file is empty; {fix}")
-        if b"\0" in raw:
-            raise UserError(f"--data {path}: not text, it holds zero bytes; {fix}")
-        return raw
+    @classmethod
+    def open(cls, config: TrainConfig) -> Corpus:
+        """The corpus of a run, prepared if it is not yet. UserError for data that cannot be had or was damaged."""
+        if config.data == "pydoc":  # small enough to be made anew in memory
+            documents = pydoc_documents()
+            tokenizer = make_tokenizer(config.tokenizer_name, lambda: (text for text, held in documents if not held))
+            shard = to_shard(tokenizer, [tokenise(tokenizer, [(text, True, held) for text, held in documents])])
+            corpus = cls(config, tokenizer, lambda i: shard, [shard_sizes(shard)], None)
+            corpus.sha256, corpus.source = hashlib.sha256(safetensors.numpy.save(shard)).hexdigest(), "pydoc"
+            return corpus
+        folder, manifest, tokenizer = prepare(config)
+        rows = manifest["shards"]
+        if not rows:
+            raise UserError(f"--data {config.data}: there is no text in it; give some")
 
-    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (b, t) of a step, a pure function of (seed, step); every epoch visits all windows once."""
-        n = (len(self.train) - 1) // self.seq_len - 1  # one window less, so that an epoch can start at any offset
-        rows = []
-        for i in range(step * batch_size, (step + 1) * batch_size):
-            g = torch.Generator().manual_seed(seed * 1_000_003 + i // n)
-            offset = int(torch.randint(self.seq_len, (), generator=g))
-            start = offset + self.seq_len * int(torch.randperm(n, generator=g)[i % n])
-            rows.append(self.train[start : start + self.seq_len + 1])
-        x = torch.stack(rows).long()
-        return x[:, :-1], x[:, 1:]
+        @lru_cache(256)
+        def shard(i: int) -> dict[str, Any]:
+            try:
+                file = safetensors.safe_open(folder / rows[i]["file"], "np")
+                return {name: file.get_slice(name) for name in file.keys()}
+            except (OSError, SafetensorError) as e:
+                raise UserError(f"{folder / rows[i]['file']} cannot be read ({brief(e)}); restore it") from e
+
+        corpus = cls(config, tokenizer, shard, rows, manifest["held_out"])
+        corpus.source = str(folder)
+        corpus.sha256 = fingerprint([row["sha256"] for row in rows] + [manifest["held_out"], tokenizer.sha256])
+        return corpus
+
+    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
+        """Tokens and targets (len(rows), seq_len) of these rows of the batch of `batch_size` rows that a step reads.
+
+        A pure function of (seed, step, row): it is the same for any number of ranks and any micro-batches, of which
+        each takes rows of its own. An epoch visits every row of the corpus once, in an order of its own.
+        """
+        n, first = self.train_index[-1], 0 if self.config.overfit_one_batch else step * self.config.batch_size
+        found = []
+        for i in (first + row for row in rows):
+            epoch = scramble(self.config.seed, i // n)
+            found.append(self.train.row(self.train_index, shuffled(i % n, n, epoch), epoch % self.seq_len))
+        x, y = (torch.from_numpy(np.stack(z)) for z in zip(*found))
+        return x, y
 
     def validation(self, most: int = 40) -> tuple[Tensor, Tensor]:
-        """At most `most` windows of held-out text, evenly spread: tokens and targets (n, t)."""
-        n = (len(self.val) - 1) // self.seq_len
-        starts = [i * self.seq_len for i in range(n)][:: max(1, math.ceil(n / most))]
-        x = torch.stack([self.val[s : s + self.seq_len + 1] for s in starts]).long()
-        return x[:, :-1], x[:, 1:]
+        """At most `most` rows of held-out text, evenly spread: tokens and targets (n, t)."""
+        n = self.held_out_index[-1]
+        found = [self.held_out.row(self.held_out_index, i) for i in range(0, n, math.ceil(n / most))]
+        x, y = (torch.from_numpy(np.stack(z)) for z in zip(*found))
+        return x, y
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Run directory: config, log, checkpoints, picture
-
-
-def write_atomically(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    with open(beside, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
 
 
 def to_json(train: TrainConfig, model: HopeConfig, sha256: str) -> dict:
@@ -201,15 +862,35 @@ def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, str]:
         raise UserError(f"{path} cannot be used ({type(e).__name__}: {e}); restore it, or start anew with --out") from e
 
 
+# What a row of log.jsonl holds, one row a step; those marked * with every validation only. A tracker gets the same.
+LOG = {
+    "step": "optimizer steps taken, this one included",
+    "loss": "mean over the batch's scored tokens, nats per token",
+    "lr": "learning rate of this step",
+    "grad_norm": "norm of the gradient before clipping",
+    "tokens": "tokens read so far: step x batch_size x seq_len",
+    "tokens_per_s": "since this process started, validation and saving included",
+    "utilisation": "part of the devices' peak that 6 operations per parameter (embedding left out) and token make up; "
+    "only where the peak is known or given by --peak-tflops",
+    "val_loss": "* nats per token of held-out text",
+    "val_bpb": "* the same in bits per byte of the text",
+    "eta": "* mean inner step size, one number per layer; null for a layer without",
+    "alpha": "* mean retention, likewise",
+    "memory_norm": "* Frobenius norm of a head's memory M after a held-out row, mean over heads, one number per layer",
+    "cms_norm": "* the same for what each in-context level of a CMS has learnt from the row, one list per layer",
+}
+
+
 class Run:
     """A run directory: config.json, log.jsonl, loss.png, checkpoints/step-000100."""
 
     # What may differ between the start of a run and its continuation.
-    FREE = {"out", "device", "keep", "eval_every", "save_every"}
+    FREE = {"out", "device", "keep", "eval_every", "save_every", "data_dir", "verify_data", "tracker", "peak_tflops"}
 
     def __init__(self, path: Path):
         self.path = path
         self.log_path, self.checkpoints = path / "log.jsonl", path / "checkpoints"
+        self.track: Callable[[dict], None] = lambda row: None
 
     def open(self, config: TrainConfig, model: HopeConfig, sha256: str) -> None:
         """Make the directory, or check that the one that is there belongs to this very run."""
@@ -283,20 +964,21 @@ class Run:
     def append(self, row: dict) -> None:
         with open(self.log_path, "a") as f:
             f.write(json.dumps(row) + "\n")
+        self.track(row)
 
     def forget_after(self, step: int) -> None:
         """Drop log rows of steps that a resumed run will take again."""
         if self.log_path.exists():
             write_atomically(self.log_path, "".join(json.dumps(r) + "\n" for r in self.log() if r["step"] <= step))
 
-    def plot(self, title: str) -> None:
+    def plot(self, title: str, bits: float) -> None:
         rows = self.log()
-        bits = 1 / math.log(2)
         loss = [(r["step"], r["loss"] * bits) for r in rows]
         smooth, mean = [], None
         for step, y in loss:
             mean = y if mean is None else 0.9 * mean + 0.1 * y
             smooth.append((step, mean))
+        loss, smooth = (line[:: max(1, len(line) // 2000)] for line in (loss, smooth))  # more than can be seen
         val = [(r["step"], r["val_bpb"]) for r in rows if "val_bpb" in r]
         fig = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: no display and no backend is touched
         ax = fig.subplots()
@@ -309,6 +991,30 @@ class Run:
         ax.grid(alpha=0.3)
         ax.legend()
         fig.savefig(self.path / "loss.png", dpi=150)
+
+
+def make_tracker(config: TrainConfig, start: int) -> Callable[[dict], None]:
+    """What takes a row of the log to the tracker that `config` names; lists become one number per layer."""
+    if config.tracker == "none":
+        return lambda row: None
+    what, name = f"--tracker {config.tracker}", str(config.run_dir)
+    if config.tracker == "tensorboard":
+        tensorboard = extra("tensorboard", what) and extra("torch.utils.tensorboard", what)
+        writer = tensorboard.SummaryWriter(f"{name}/tensorboard", purge_step=start + 1)
+        log = lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()] and writer.flush()
+    else:  # these two have the same interface
+        module = extra(config.tracker, what)
+        module.init(project="nested-learning-hope", name=name, config=asdict(config), resume="allow")
+        log = lambda numbers, step: module.log(numbers, step=step)
+
+    def flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+        if isinstance(value, list):
+            for i, part in enumerate(value):
+                yield from flat(f"{name}/{i}", part)
+        elif isinstance(value, (int, float)):
+            yield name, value
+
+    return lambda row: log({k: v for name in row for k, v in flat(name, row[name])}, row["step"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,22 +1046,105 @@ def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimi
     return [torch.optim.AdamW(split, **adamw)]
 
 
+class EMA(torch.optim.Optimizer):
+    """Exponential moving average of weights, in an optimizer's clothes: what saves optimizers saves it too.
+
+    Takes its step after the others. Early on it averages over fewer steps than `decay` says, else it would remember
+    the random start for long.
+    """
+
+    def __init__(self, params: Iterable[Tensor], decay: float):
+        super().__init__(params, {"decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["step"], state["average"] = torch.zeros(()), p.detach().clone()
+                t = state["step"].add_(1).item()
+                state["average"].lerp_(p.detach(), 1 - min(group["decay"], t / (10 + t)))
+
+
+def make_average(model: Hope, config: TrainConfig) -> list[EMA]:
+    """The average of the weights that a run keeps: a list of one, or of none."""
+    return [EMA(model.parameters(), config.ema)] if config.ema else []
+
+
+@contextmanager
+def averaged(averages: list[EMA]) -> Iterator[None]:
+    """Inside, the average, if there is one, is the model's weights, and they wait in its place."""
+
+    @torch.no_grad()
+    def swap() -> None:
+        for p, state in (item for average in averages for item in average.state.items()):
+            weights = p.detach().clone()
+            p.copy_(state["average"])
+            state["average"].copy_(weights)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     rise = max(1, round(config.warmup * config.steps))
     if step < rise:
         return config.lr * (step + 1) / rise
-    along = (step - rise) / max(1, config.steps - rise)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * along)) / 2)
+    fall = config.steps - rise
+    if config.schedule == "wsd":
+        fall = min(fall, round(config.decay_part * config.steps))
+    along = max(0.0, (step - (config.steps - fall)) / max(1, fall))
+    left = 1 - along if config.schedule == "wsd" else (1 + math.cos(math.pi * along)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * left)
 
 
 def validate(model: Hope, corpus: Corpus, device: torch.device) -> float:
     """Mean loss in nats per token over held-out windows, each observed from the start state, CMS writes included."""
+    x, y = corpus.validation()
     with torch.no_grad():
         losses = [
-            model.observe(x.to(device), y.to(device), reduction="none")[0]
-            for x, y in zip(*(z.split(20) for z in corpus.validation()))
+            model.observe(xs.to(device), ys.to(device), reduction="none")[0] for xs, ys in zip(x.split(20), y.split(20))
         ]
-    return torch.cat(losses).double().mean().item()
+    return torch.cat(losses).double().sum().item() / (y != -100).sum().item()
+
+
+# Dense bfloat16 peaks in 10^12 operations a second, by a part of the name that torch gives the GPU.
+PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+
+
+def peak_flops(config: TrainConfig, device: torch.device) -> float | None:
+    if config.peak_tflops or device.type != "cuda":
+        return config.peak_tflops * 1e12 or None
+    return next((peak * 1e12 for name, peak in PEAKS.items() if name in torch.cuda.get_device_name(device)), None)
+
+
+@torch.no_grad()
+def memory_numbers(model: Hope, x: Tensor, y: Tensor) -> dict[str, list]:
+    """What memories do on rows x, y: mean eta and alpha, and norms of the states after them, per layer (see LOG)."""
+    sums: dict[str, list] = {name: [[] for _ in model.blocks] for name in ("eta", "alpha")}
+    hooks = []
+    for i, block in enumerate(model.blocks):
+        for name, gate in getattr(block.memory, "gates", {}).items():
+            if name in sums:
+                note = lambda module, inputs, z, name=name, i=i: sums[name][i].append(
+                    (hope.GATES[name](z).mean().item(), z.numel())
+                )
+                hooks.append(gate.register_forward_hook(note))
+    try:
+        _, state = model.observe(x, y)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    norm = lambda layers: sum(w.float().square().sum((-2, -1)) for w in layers).sqrt().mean().item()
+    mean = lambda found: sum(m * n for m, n in found) / sum(n for _, n in found) if found else None
+    return {name: [mean(found) for found in layers] for name, layers in sums.items()} | {
+        "memory_norm": [norm(m.main.now) if isinstance(m, hope.MemoryState) else None for m in state.memories],
+        "cms_norm": [[norm(fast.delta) for fast in layer if fast] for layer in state.cms],
+    }
 
 
 class Interrupt:
@@ -383,8 +1172,8 @@ class Progress:
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=stop, initial=start, disable=None, bar_format=form, leave=True)
 
-    def show(self, row: dict) -> None:
-        text = f"loss {row['loss'] / math.log(2):.2f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
+    def show(self, row: dict, bits: float) -> None:
+        text = f"loss {row['loss'] * bits:.2f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
         if "val_bpb" in row:
             self.bar.write(f"step {row['step']:>5}: {text}, validation {row['val_bpb']:.3f} bits/byte")
         self.bar.set_postfix_str(text, refresh=False)
@@ -401,23 +1190,31 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
     """Train, or go on training, in `config.run_dir`. Returns the process's exit code."""
     torch.set_flush_denormal(True)  # states that decay to nothing would slow a CPU down fivefold
     device = pick_device(config.device)
-    corpus = Corpus(config.data, config.seq_len)
+    corpus = Corpus.open(config)
+    model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
     run = Run(config.run_dir)
     run.open(config, model_config, corpus.sha256)
+    corpus.tokenizer.save(run.path)
     torch.manual_seed(config.seed)
     model = Hope(model_config).to(device)
-    optimizers = make_optimizers(model, config)
+    optimizers, averages = make_optimizers(model, config), make_average(model, config)
     start = 0
     if run.saved():
-        start = run.load(run.saved()[-1], model, optimizers)
+        start = run.load(run.saved()[-1], model, optimizers + averages)
         print(f"{run.path}: going on after step {start}" if start < config.steps else f"{run.path}: finished already")
     run.forget_after(start)
     size = sum(p.numel() for p in model.parameters())
     title = f"{config.arch}, size {config.size}, {size:,} parameters"
     print(f"\n{title}")
-    print(f"{len(corpus.train):,} bytes of training text, {len(corpus.val):,} held out ({config.data}), on {device}\n")
+    print(
+        f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out ({corpus.source}), "
+        f"{corpus.tokenizer.vocab_size:,} kinds of tokens, {1 / corpus.tokens_per_byte:.2f} bytes each, on {device}\n"
+    )
     print(f"{hope.levels(model, optimizers)}\n")
 
+    bits = corpus.tokens_per_byte / math.log(2)  # of nats per token, in bits per byte
+    peak, inner = peak_flops(config, device), size - model.embed.weight.numel()
+    run.track = make_tracker(config, start)
     step, seen, clock = start, 0, time.perf_counter()
     with Interrupt() as interrupt, Progress(start, config.steps) as progress:
         while step < config.steps:
@@ -426,7 +1223,7 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.zero_grad()
-            x, y = corpus.batch(step, config.batch_size, config.seed)
+            x, y = corpus.batch(step, range(config.batch_size))
             loss, _ = model.observe(x.to(device), y.to(device), backward=True)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip, error_if_nonfinite=False)
             if not math.isfinite(norm.item()) or not math.isfinite(loss.item()):
@@ -434,7 +1231,7 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
                     f"loss {loss.item():.3g}, gradient norm {norm.item():.3g} at step {step + 1}: training diverged; "
                     f"try a smaller --lr than {config.lr:g}"
                 )
-            for optimizer in optimizers:
+            for optimizer in optimizers + averages:
                 optimizer.step()
             step, seen = step + 1, seen + x.numel()
             speed = seen / (time.perf_counter() - clock)
@@ -442,15 +1239,20 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
                 "step": step, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(),
                 "tokens": step * x.numel(), "tokens_per_s": round(speed, 1),
             }  # fmt: skip
+            if peak:
+                row["utilisation"] = 6 * inner * speed / peak
             if step % config.eval_every == 0 or step == config.steps:
-                row["val_loss"] = validate(model, corpus, device)
-                row["val_bpb"] = row["val_loss"] / math.log(2)
+                with averaged(averages):
+                    row["val_loss"] = validate(model, corpus, device)
+                    row |= memory_numbers(model, *(z[:4].to(device) for z in corpus.validation()))
+                row["val_bpb"] = row["val_loss"] * bits
             run.append(row)
             stop = step == config.steps or interrupt.hit
             if step % config.save_every == 0 or stop:
-                run.save(step, model, optimizers, config.keep)
-                run.plot(title)
-            progress.show(row)
+                run.save(step, model, optimizers + averages, config.keep)
+            if "val_loss" in row or stop:
+                run.plot(title, bits)
+            progress.show(row, bits)
             if stop:
                 break
     if step < config.steps:
@@ -458,7 +1260,8 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
         return 130
     print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
     print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
-    print(sample_text(model, seed=config.seed, **SAMPLING))
+    with averaged(averages):
+        print(sample_text(model, corpus.tokenizer, seed=config.seed, **SAMPLING))
     print(f'\nMore: python train.py --sample {run.path} --prompt "The "')
     return 0
 
@@ -473,6 +1276,7 @@ SAMPLING = {"prompt": "The ", "max_new_tokens": 300, "temperature": 1.0, "top_k"
 
 def sample_text(
     model: Hope,
+    tokenizer: Tokenizer,
     *,
     prompt: str,
     max_new_tokens: int,
@@ -483,9 +1287,9 @@ def sample_text(
 ) -> str:
     device = model.embed.weight.device
     torch.manual_seed(seed)
-    tokens = torch.tensor([list(prompt.encode())], device=device)
-    new = model.generate(tokens, max_new_tokens, temperature, top_k, top_p)
-    return prompt + bytes(new[0].tolist()).decode(errors="replace")
+    tokens = torch.tensor([tokenizer.encode(prompt).tolist()], device=device)
+    new = model.generate(tokens, max_new_tokens, temperature, top_k, top_p, stop=[tokenizer.eot])[0].tolist()
+    return prompt + tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new)
 
 
 def sample(args: argparse.Namespace) -> int:
@@ -495,10 +1299,18 @@ def sample(args: argparse.Namespace) -> int:
         raise UserError(f"{run.path} has no checkpoint yet; train first: python train.py --resume {run.path}")
     if not args.prompt:
         raise UserError('--prompt is empty; give some text to start from, as in --prompt "The "')
+    tokenizer = prepared_tokenizer(run.path, {})
+    if tokenizer.vocab_size != model_config.vocab_size:
+        raise UserError(
+            f"{run.path}/tokenizer.tiktoken is missing or not the run's: it has {tokenizer.vocab_size} tokens, the model "
+            f"{model_config.vocab_size}; restore it, or start it anew: python train.py --resume {run.path}"
+        )
     model = Hope(model_config).to(pick_device(args.device or config.device))
-    run.load(run.saved()[-1], model)
+    averages = make_average(model, config)
+    run.load(run.saved()[-1], model, make_optimizers(model, config) + averages if averages else None)
     seed = config.seed if args.seed is None else args.seed
-    print(sample_text(model, seed=seed, **{name: getattr(args, name) for name in SAMPLING}))
+    with averaged(averages):
+        print(sample_text(model, tokenizer, seed=seed, **{name: getattr(args, name) for name in SAMPLING}))
     return 0
 
 
@@ -560,6 +1372,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     act = parser.add_argument_group("instead of starting a run")
     act.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with the settings it was started with")
+    act.add_argument("--prepare", action="store_true", help="prepare the data for such a run, and stop")
     act.add_argument("--sample", metavar="DIR", help="print a sample from the newest checkpoint of the run in DIR")
     act.add_argument("--prompt", metavar="TEXT", help="what the sample starts with (default: '%(default)s')")
     act.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the sample (default: %(default)s)")
@@ -588,7 +1401,13 @@ def main(argv: list[str] | None = None) -> int:
         model_settings = {**given(args, HopeConfig), **given(args, MemoryConfig)}
         if not args.resume:
             config = TrainConfig(**settings)
-            return train(config, HopeConfig.preset(config.size, config.arch, vocab_size=256, **model_settings))
+            if args.prepare:
+                corpus = Corpus.open(config)
+                print(
+                    f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out: {corpus.source}"
+                )
+                return 0
+            return train(config, HopeConfig.preset(config.size, config.arch, **model_settings))
         config, model, _ = from_json(Path(args.resume) / "config.json")
         stored = {**asdict(config), **asdict(model), **asdict(model.memory)}
         for name, value in {**settings, **model_settings}.items():
@@ -602,6 +1421,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, ValueError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside the steps, where nothing is lost: data that is prepared so far is kept
+        print("train.py: stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,8 +96,6 @@ def test_an_interrupted_run_goes_on_to_the_same_end(capsys):
 def test_a_killed_run_loses_only_the_steps_after_its_checkpoint():
     run("--steps", "6", "--out", "whole", "--eval-every", "6", "--save-every", "2")
     run("--steps", "6", "--out", "cut", "--eval-every", "6", "--save-every", "2")
-    import shutil
-
     shutil.rmtree("cut/checkpoints/step-000006")  # as if killed after step 6 was logged and before it was saved
     os.makedirs("cut/checkpoints/.step-000006")  # half a checkpoint
     with open("cut/log.jsonl", "a") as f:
@@ -113,14 +112,15 @@ def test_a_run_killed_before_it_began_can_be_started_again():
 
 def error(capsys, *args):
     """Run a command that must be refused: exit code 2 and one line on stderr, which is returned."""
-    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    files = lambda: {p: p.read_bytes() for p in Path().rglob("*") if p.is_file() and p.parts[0] != "data"}
+    before = files()
     try:
         code = train.main(list(args))
     except SystemExit as e:
         code = e.code
     lines = capsys.readouterr().err.splitlines()
     assert code == 2 and len(lines) == 1, lines
-    assert before == {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}, "something was written"
+    assert before == files(), "something was written"
     return lines[0]
 
 
@@ -141,8 +141,8 @@ def test_bad_commands_get_one_line_with_the_fix(capsys):
         (["--adaptive", "k,w"], "allowed: k, v, q, eta, alpha"),
         (["--decay", "none"], "leave it out of adaptive"),
         (["--device", "tpu9"], "--device tpu9 is not available here"),
-        (["--data", "nowhere.txt"], "--data nowhere.txt: no such file; give the path of a text file"),
-        (["--data", "empty.txt"], "the file is empty"),
+        (["--data", "nowhere.txt"], "--data nowhere.txt: no such file; give files or patterns"),
+        (["--data", "empty.txt"], "there is no text in it"),
         (["--data", "binary.bin"], "not text, byte 0 is not UTF-8"),
         (["--data", "zeros.txt"], "not text, it holds zero bytes"),
         (["--data", "short.txt"], "too few for --seq-len 512"),
@@ -195,18 +195,6 @@ def test_help_explains_every_flag(capsys):
         assert action.help and action.option_strings[-1] in text, action
 
 
-def test_the_tokens_of_a_step_depend_on_seed_and_step_alone():
-    corpus = train.Corpus("text.txt", 64)
-    n = (len(corpus.train) - 1) // 64 - 1
-    x, y = corpus.batch(5, 3, seed=7)
-    assert torch.equal(x[:, 1:], y[:, :-1])
-    again = torch.cat([corpus.batch(s, 1, seed=7)[0] for s in range(15, 18)])
-    assert torch.equal(x, again)  # the same rows at another batch size
-    assert not torch.equal(x, corpus.batch(5, 3, seed=8)[0])
-    epoch = torch.cat([corpus.batch(s, 1, seed=0)[0] for s in range(n)])
-    assert len({bytes(r.tolist()) for r in epoch}) == n  # every window once
-
-
 def test_held_out_text_is_not_in_the_training_text():
     training, held_out = train.pydoc_text()
     long = [p for p in held_out.split("\n\n") if len(p) >= 80]
@@ -219,6 +207,130 @@ def test_the_learning_rate_rises_and_falls_as_documented():
     rates = [train.learning_rate(s, config) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_wsd_rises_stays_and_falls_in_a_line():
+    config = train.TrainConfig(steps=100, lr=1.0, warmup=0.1, final_lr=0.2, schedule="wsd", decay_part=0.3)
+    rates = [train.learning_rate(s, config) for s in range(100)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and set(rates[10:71]) == {1.0}
+    assert rates[70:] == pytest.approx([1 - 0.8 * i / 30 for i in range(30)])
+
+
+def test_one_batch_is_learnt_by_heart(capsys):
+    assert run("--overfit-one-batch", "--steps", "150", "--eval-every", "150", "--d-model", "32") == 0
+    log = rows()
+    assert log[-1]["loss"] < 0.1 < 1 < log[0]["loss"]
+    x, _ = train.Corpus.open(train.TrainConfig(data="text.txt", seq_len=64, overfit_one_batch=True)).batch(7, range(2))
+    y, _ = train.Corpus.open(train.TrainConfig(data="text.txt", seq_len=64)).batch(0, range(2))
+    assert torch.equal(x, y)
+
+
+def test_the_average_of_weights_follows_its_definition_and_swaps_places_with_them():
+    p, average = torch.nn.Parameter(torch.zeros(3)), 0.0
+    ema = train.EMA([p], decay=0.5)
+    for t in range(1, 30):
+        with torch.no_grad():
+            p.copy_(torch.full((3,), math.sin(t)))
+        ema.step()
+        keep = min(0.5, t / (10 + t))
+        average = math.sin(t) if t == 1 else keep * average + (1 - keep) * math.sin(t)
+    weights = p.detach().clone()
+    with train.averaged([ema]):
+        assert p.detach().tolist() == pytest.approx([average] * 3, rel=1e-5)
+    assert torch.equal(p, weights) and not torch.allclose(p, ema.state[p]["average"])
+
+
+def test_averaged_weights_are_saved_validated_and_sampled(capsys, monkeypatch):
+    sampled = []
+    monkeypatch.setattr(train, "sample_text", lambda model, *a, **k: sampled.append(model.head.weight.clone()) or "")
+    options = ["--eval-every", "4", "--save-every", "4"]
+    assert run("--steps", "8", "--ema", "0.9", "--out", "whole", *options) == 0
+    assert run("--steps", "8", "--out", "plain", *options) == 0
+    assert [r["loss"] for r in rows("whole")] == [r["loss"] for r in rows("plain")]  # training knows nothing of it
+    assert rows("whole")[-1]["val_loss"] != rows("plain")[-1]["val_loss"]
+    shutil.copytree("whole", "cut")
+    shutil.rmtree("cut/checkpoints/step-000008")
+    assert train.main(["--resume", "cut"]) == 0
+    assert [r.get("val_loss") for r in rows("cut")] == [r.get("val_loss") for r in rows("whole")]
+    assert train.main(["--sample", "whole"]) == 0
+    whole, plain, cut, again = sampled
+    assert torch.equal(whole, cut) and torch.equal(whole, again) and not torch.equal(whole, plain)
+
+
+def test_only_matrices_decay(tmp_path):
+    for optimizer in ("muon", "adamw"):
+        model = hope.Hope(hope.HopeConfig.preset("tiny"))
+        groups = [
+            g for o in train.make_optimizers(model, train.TrainConfig(optimizer=optimizer)) for g in o.param_groups
+        ]
+        decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+        kinds = hope.param_groups(model)
+        assert {decay[id(p)] for p in kinds["matrix"]} == {0.1} and {decay[id(p)] for p in kinds["rest"]} == {0}
+
+
+def test_the_log_holds_what_its_schema_says(capsys):
+    assert run("--steps", "3", "--eval-every", "2", "--peak-tflops", "1e-6", "--arch", "samba", "--window", "8", "--n-layer", "2", "--cms", "16,inf") == 0  # fmt: skip
+    plain, seen, _ = rows("runs/tiny-samba")
+    always = {name for name, meaning in train.LOG.items() if not meaning.startswith("*")}
+    assert set(plain) == always and set(seen) == set(train.LOG)
+    model = hope.Hope(train.from_json(Path("runs/tiny-samba/config.json"))[1])
+    n = sum(p.numel() for p in model.parameters()) - model.embed.weight.numel()
+    assert plain["utilisation"] == pytest.approx(6 * n * plain["tokens_per_s"] / 1e6, rel=0.01)
+    assert seen["eta"][1] is seen["alpha"][1] is seen["memory_norm"][1] is None  # softmax attention
+    assert 0 < seen["eta"][0] and 0 < seen["alpha"][0] < 1 and seen["memory_norm"][0] > 0
+    assert [len(layer) for layer in seen["cms_norm"]] == [1, 1] and seen["cms_norm"][0][0] > 0
+
+
+def test_memory_numbers_are_the_means_over_tokens_and_leave_no_hook():
+    torch.manual_seed(0)
+    config = hope.HopeConfig.preset("tiny", d_model=32, n_head=2, chunk=16, chunk_proj=16, cms=(16, hope.INF))
+    model = hope.Hope(config)
+    x = torch.randint(256, (2, 48))
+    for gate, bias, mean in (("eta", 1.5, math.log1p(math.exp(1.5))), ("alpha", -1.0, 1 / (1 + math.e))):
+        with torch.no_grad():
+            model.blocks[0].memory.gates[gate].read.zero_()
+            model.blocks[0].memory.gates[gate].bias.fill_(bias)
+        assert train.memory_numbers(model, x, x)[gate][0] == pytest.approx(mean, rel=1e-5)
+    numbers, (_, state) = train.memory_numbers(model, x, x), model.observe(x, x)
+    main = state.memories[1].main.now
+    norms = [sum(w[b, h].square().sum() for w in main).sqrt() for b in range(2) for h in range(2)]
+    assert numbers["memory_norm"][1] == pytest.approx(sum(norms).item() / 4, rel=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_tensorboard_gets_the_log_once_even_if_the_run_stopped_between(capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    few = ["--tracker", "tensorboard", "--eval-every", "2", "--save-every", "2", "--out", "seen"]
+    assert run(*few, "--steps", "4") == 0
+    shutil.rmtree("seen/checkpoints/step-000004")
+    assert train.main(["--resume", "seen"]) == 0
+    events = EventAccumulator("seen/tensorboard").Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (r["step"], pytest.approx(r["loss"])) for r in rows("seen")
+    ]
+    assert [e.step for e in events.Scalars("memory_norm/0")] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_settings_and_rows_or_is_named_as_missing(name, monkeypatch, capsys):
+    class Fake:  # neither package is part of the tests' installation; both document this interface
+        calls = []
+        init = staticmethod(lambda **settings: Fake.calls.append(settings))
+        log = staticmethod(lambda numbers, step: Fake.calls.append((step, numbers)))
+
+    monkeypatch.setitem(sys.modules, name, None)
+    assert run("--steps", "1", "--tracker", name) == 2
+    assert f"--tracker {name} needs {name}, which is missing; run: pip install {name}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, name, Fake)
+    assert run("--steps", "2", "--eval-every", "2", "--tracker", name, "--out", "seen") == 0
+    start, *logged = Fake.calls
+    assert start["name"] == "seen" and start["config"]["steps"] == 2 and start["resume"] == "allow"
+    assert [step for step, _ in logged] == [1, 2] and logged[1][1]["eta/0"] > 0
+    assert {k: v for k, v in logged[0][1].items() if k != "step"} == {
+        k: v for k, v in rows("seen")[0].items() if k != "step"
+    }
 
 
 def test_diverging_training_stops_with_a_reason(capsys, monkeypatch):

@@ -1,0 +1,574 @@
+"""What a run reads: tokenizers, preparation of shards, and which tokens a step gets."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from train import Corpus, Source, Tokenizer, TrainConfig, UserError
+
+WORDS = "the memory reads what a memory wrote and forgets all the rest of it at once, été 深い 🙂".split()
+
+
+def documents(n, seed=0):
+    """n documents of 20 to 60 words, each with a number of its own."""
+    g = random.Random(seed)
+    return [f"Document {i}: " + " ".join(g.choices(WORDS, k=g.randint(20, 60))) + "\n" for i in range(n)]
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def jsonl():
+    """docs.jsonl with 300 documents, and shards so small that there are several."""
+    texts = documents(300)
+    Path("docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return texts
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(train, "PIECE", 1000)
+    monkeypatch.setattr(train, "SHARD", 8000)
+
+
+def config(data="docs.jsonl", **settings):
+    return TrainConfig(data=data, **{"seq_len": 32, "batch_size": 4, **settings})
+
+
+def texts_of(corpus, split):
+    """Everything in a split, document by document."""
+    rows, found = getattr(corpus, split), []
+    for number, name, first, last in rows.spans:
+        tokens = rows.shard(number)[name][first:last].tolist()
+        starts = [i + 1 for i, t in enumerate(tokens) if t == corpus.tokenizer.eot]
+        starts = starts if tokens[0] == corpus.tokenizer.eot else [0, *starts]
+        found += [
+            corpus.tokenizer.decode(tokens[a:b]) for a, b in zip(starts, [s - 1 for s in starts[1:]] + [len(tokens)])
+        ]
+    return found
+
+
+# Tokenizers
+
+
+TRAINED = Tokenizer.train(320, documents(50))
+
+
+@given(st.text())
+@pytest.mark.parametrize("tokenizer", [Tokenizer(), TRAINED], ids=["bytes", "trained"])
+def test_any_text_comes_back_from_its_tokens(tokenizer, text):
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens.tolist()) == text
+    assert tokens.dtype == tokenizer.dtype and (tokens < tokenizer.vocab_size).all()
+    assert tokenizer.lengths[tokens].sum() == len(text.encode()) - text.count("\0") * (tokenizer.ranks is None)
+    assert tokenizer.eot not in tokens or "\0" in text
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|><|eot|>", "a" * 200_000, " " * 200_000, "\n\0" * 50_000], ids=repr)
+def test_text_that_looks_special_or_never_ends_is_only_text(text):
+    start = time.process_time()
+    tokens = TRAINED.encode(text)
+    assert TRAINED.decode(tokens.tolist()) == text and TRAINED.eot not in tokens
+    assert time.process_time() - start < 5
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark():
+    assert [t.decode(t.encode("a\ud800b").tolist()) for t in (Tokenizer(), TRAINED)] == ["a?b", "a?b"]
+
+
+def test_a_trained_vocabulary_has_the_asked_size_and_is_always_the_same():
+    code = "import train, test_data; print(train.Tokenizer.train(320, test_data.documents(50)).sha256)"
+    path = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
+    env = os.environ | {"RAYON_NUM_THREADS": "3", "PYTHONPATH": path, "PYTHONHASHSEED": "3"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).split()[-1] == TRAINED.sha256
+    assert TRAINED.vocab_size == 320 and TRAINED.eot == 319 and max(TRAINED.ranks.values()) == 318
+
+
+def test_a_text_too_small_for_the_asked_vocabulary_gives_a_smaller_one(capsys):
+    assert Tokenizer.train(32000, ["aaaa"] * 9).vocab_size == 259  # bytes, aa, aaaa, eot
+    assert "the text yields 259 tokens, not 32,000" in capsys.readouterr().out
+
+
+def test_a_tokenizer_file_is_what_it_was_saved_from_and_tiktoken_reads_it():
+    TRAINED.save(Path())
+    assert Tokenizer.load(Path("tokenizer.tiktoken")).sha256 == TRAINED.sha256
+    from tiktoken.load import load_tiktoken_bpe
+
+    assert load_tiktoken_bpe(str(Path("tokenizer.tiktoken").absolute())) == TRAINED.ranks
+
+
+def test_a_named_encoding_is_taken_from_tiktoken(monkeypatch):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 257}  # 256 is free, as 50256 is in p50k_base
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiktoken.Encoding(
+        name, pat_str=train.SPLIT, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}))  # fmt: skip
+    tokenizer = train.make_tokenizer("p50k_base", list)
+    assert (tokenizer.eot, tokenizer.vocab_size, tokenizer.encode("ab").tolist()) == (256, 258, [257])
+
+
+def test_a_tokenizer_that_cannot_be_had_is_named_with_what_can_be(monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    Path("no.tiktoken").write_text("no base64\n")
+    Path("few.tiktoken").write_text("YQ== 0\n")
+    for name, message in (
+        ("gpt2", "must be downloaded once, and that failed (ConnectionError); connect to the network, or use bytes"),
+        ("gpt5", "no such tokenizer; allowed: bytes, train:N, a .tiktoken file, gpt2"),
+        ("train:many", "a number of tokens from 257, as in train:32000"),
+        ("train:256", "a number of tokens from 257"),
+        ("nowhere.tiktoken", "cannot be read"),
+        ("no.tiktoken", "cannot be read"),
+        ("few.tiktoken", "must hold all 256 bytes"),
+    ):
+        with pytest.raises(UserError) as e:
+            train.make_tokenizer(name, list)
+        assert message in str(e.value) and name in str(e.value), e.value
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "train:600"])
+def test_bits_per_byte_count_the_bytes_of_the_scored_tokens(jsonl, tokenizer):
+    for reset in (False, True):
+        corpus = Corpus.open(config(tokenizer=tokenizer, reset_at_documents=reset))
+        scored = [t for t in corpus.validation()[1].flatten().tolist() if t >= 0]
+        size = len(b"".join(bytes([t]) if corpus.tokenizer.ranks is None else corpus.tokenizer.encoding.decode_bytes([t])
+                            for t in scored if t != corpus.tokenizer.eot))  # fmt: skip
+        assert corpus.tokens_per_byte == len(scored) / size
+
+
+# Sources
+
+
+def test_every_kind_of_file_gives_the_same_documents(jsonl):
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = Path("docs.jsonl").read_bytes()
+    Path("docs.jsonl.gz").write_bytes(gzip.compress(raw))
+    frames = [pyarrow.compress(part, "zstd", asbytes=True) for part in (raw[:999], raw[999:])]
+    Path("docs.jsonl.zst").write_bytes(b"".join(frames))
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(300), "body": jsonl}), "docs.parquet")
+    os.makedirs("train")  # a folder stands for a data set of the hub: the same code reads it
+    os.link("docs.parquet", "train/train.parquet")
+    os.makedirs("texts/more")
+    for i, text in enumerate(jsonl):
+        path = f"texts/{'more/' * (i >= 200)}{i:03d}.txt"
+        (gzip.open if i % 3 == 0 else open)(path + ".gz" * (i % 3 == 0), "wb").write(text.encode())
+    one = Corpus.open(config())
+    assert sorted(texts_of(one, "train") + texts_of(one, "held_out")) == sorted(jsonl)
+    for data, field in (
+        ("docs.jsonl.gz", "text"),
+        ("docs.jsonl.zst", "text"),
+        ("docs.parquet", "body"),
+        ("texts/*.txt,texts/*.gz,texts/**/*.txt*", "text"),
+        (f"hf:{Path().absolute()}/train", "body"),
+    ):
+        corpus = Corpus.open(config(data, text_field=field))
+        assert corpus.sha256 == one.sha256, data
+        assert all(torch.equal(a, b) for a, b in zip(corpus.batch(9, range(4)), one.batch(9, range(4))))
+
+
+def test_a_data_set_of_lines_becomes_articles(monkeypatch):
+    import datasets
+
+    lines = ["", " = One = \n", "", " first \n", " = = Part = = \n", " second \n", " = Two = \n", " third \n"] * 2
+    made = []
+
+    def load(*args, **kwargs):
+        made.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": lines}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = Source(config("wikitext-103"))
+    assert [text for text, begins in source if begins] == [" = One = \n", " = Two = \n"] * 2
+    assert made == [(("Salesforce/wikitext", "wikitext-103-raw-v1"), {"split": "train", "streaming": True})]
+    assert source.held_out == 0.01 and Source(config("wikitext-103", held_out=0.2)).held_out == 0.2
+    job = next(train.jobs(Source(config("wikitext-103"))))[0]
+    assert "".join(text for text, _, _ in job) == "".join(lines) and [begins for _, begins, _ in job].count(True) == 4
+
+
+def test_data_that_cannot_be_used_is_named_with_the_reason(monkeypatch):
+    import pyarrow
+
+    Path("bad.jsonl").write_text('{"text": "fine"}\n\n{"text": 3}\n')
+    Path("cut.jsonl").write_text('{"text": "fine"}\n{"text": "fi\n')
+    Path("fields.jsonl").write_text('{"title": "a", "body": "b"}\n')
+    Path("cut.txt.gz").write_bytes(gzip.compress(b"text" + random.Random(0).randbytes(9000).hex().encode())[:5000])
+    Path("cut.txt.zst").write_bytes(
+        pyarrow.compress(b"text" + random.Random(0).randbytes(9000).hex().encode(), "zstd", asbytes=True)[:5000]
+    )
+    Path("bad.parquet").write_bytes(b"PAR1 no")
+    Path("late.txt").write_bytes(("é" * train.PIECE).encode() + b"\xff")
+    Path("blank.txt").write_text(" \n" * 99)
+    for data, message in (
+        ("bad.jsonl", "--data bad.jsonl, line 3: no text in field 'text', there is: text; name it by --text-field"),
+        ("cut.jsonl", "--data cut.jsonl, line 2: no text in field 'text', there is: no JSON object"),
+        ("fields.jsonl", "line 1: no text in field 'text', there is: title, body; name it by --text-field"),
+        ("cut.txt.gz", "--data cut.txt.gz"),
+        ("cut.txt.zst", "--data cut.txt.zst"),
+        ("bad.parquet", "--data bad.parquet cannot be read (ArrowInvalid"),
+        ("late.txt", f"--data late.txt: not text, byte {2 * train.PIECE} is not UTF-8"),
+        ("blank.txt", "there is no text in it"),
+        ("late.txt,nowhere*.txt", "--data nowhere*.txt: no such file"),
+        (f"hf:{Path().absolute()}/nowhere", "cannot be read"),
+    ):
+        with pytest.raises(UserError) as e:
+            Corpus.open(config(data))
+        assert message in str(e.value) and "\n" not in str(e.value), e.value
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        UserError, match=r'needs datasets, which is missing; run: pip install "nested-learning-hope\[data\]"'
+    ):
+        Corpus.open(config("tinystories"))
+
+
+# Held-out text
+
+
+def test_held_out_documents_are_whole_and_never_in_the_training_text(jsonl):
+    Path("docs.jsonl").write_text(Path("docs.jsonl").read_text() * 2)  # every document twice
+    corpus = Corpus.open(config())
+    training, held_out = texts_of(corpus, "train"), texts_of(corpus, "held_out")
+    assert sorted(training + held_out) == sorted(jsonl * 2)
+    assert not set(training) & set(held_out) and 0.05 < len(held_out) / 600 < 0.15
+
+
+def test_of_few_documents_the_end_is_held_out():
+    text = "".join(documents(100))
+    Path("one.txt").write_text(text)
+    corpus = Corpus.open(config("one.txt"))
+    (training,) = texts_of(corpus, "train")
+    assert text.startswith(training) and len(training.encode()) == pytest.approx(0.9 * len(text.encode()), abs=4)
+    rows = corpus.held_out
+    tail = b"".join(bytes(rows.shard(n)[split][a:b].tolist()) for n, split, a, b in rows.spans)
+    assert training.encode() + tail == text.encode()
+
+
+# Shards
+
+
+def test_documents_longer_than_a_shard_lose_nothing(small):
+    text = "".join(documents(200))
+    Path("one.txt").write_text(text)
+    corpus = Corpus.open(config("one.txt"))
+    assert len(corpus.train.spans) > 3
+    assert "".join(texts_of(corpus, "train") + texts_of(corpus, "held_out")) == text
+
+
+@pytest.mark.parametrize("data", ["docs.jsonl", "texts/*.txt", "hf:"])
+def test_preparation_that_stops_anywhere_goes_on_to_the_same_shards(jsonl, small, monkeypatch, data):
+    os.makedirs("texts")
+    for i in range(5):
+        Path(f"texts/{i}.txt").write_text("".join(jsonl[60 * i : 60 * i + 60]))
+    if data == "hf:":
+        os.makedirs("set")
+        for i in range(3):
+            Path(f"set/train-{i}.jsonl").write_text("".join(Path("docs.jsonl").read_text().splitlines(True)[i::3]))
+        data = f"hf:{Path('set').absolute()}"
+    _, whole, _ = train.prepare(config(data, data_dir="whole"))
+    assert len(whole["shards"]) >= 3
+    write, stops = train.write_atomically, iter(range(99))
+
+    def stopping(path, content):
+        if path.name.startswith("shard"):
+            write(path, content)  # stopped between a shard and the manifest that knows of it
+            if next(stops) % 2 == 0:
+                raise KeyboardInterrupt
+        else:
+            write(path, content)
+
+    monkeypatch.setattr(train, "write_atomically", stopping)
+    for _ in range(99):
+        try:
+            cut = train.prepare(config(data, data_dir="cut"))[1]
+            break
+        except KeyboardInterrupt:
+            pass
+    hashes = lambda manifest: [(s["file"], s["sha256"], s["train"], s["held_out"]) for s in manifest["shards"]]
+    assert hashes(cut) == hashes(whole) and cut["complete"] and next(stops) > len(whole["shards"])
+
+
+def test_preparation_that_is_killed_goes_on_where_it_stopped(small):
+    Path("docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(20_000)))
+    code = "import train; train.PIECE, train.SHARD = 1000, 20000; train.main(['--prepare', '--data', 'docs.jsonl'])"
+    env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL)
+    while len(list(Path("data").glob("*/shard*"))) < 5 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (manifest,) = Path("data").glob("*/manifest.json")
+    before = json.loads(manifest.read_text())
+    assert not before["complete"] and len(before["shards"]) >= 4
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert f"going on after {len(before['shards'])} shards" in done.stdout, done
+    after = json.loads(manifest.read_text())
+    assert after["complete"] and after["shards"][: len(before["shards"])] == before["shards"]
+    Corpus.open(config(verify_data=True))
+
+
+def test_preparation_takes_no_more_memory_for_more_text():
+    text = "".join(documents(20_000))
+    with open("big.txt", "w") as f:
+        for _ in range(50):
+            f.write(text)
+    size = Path("big.txt").stat().st_size
+    code = """
+import resource, train
+train.SHARD = 2**22
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 120 * 2**20,) * 2)
+assert train.main(["--prepare", "--data", "big.txt"]) == 0
+"""
+    env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert size > 1.5 * 120 * 2**20
+
+
+def test_processes_that_start_together_prepare_once(jsonl):
+    code = "import train; train.SHARD = 8000; train.main(['--prepare', '--data', 'docs.jsonl', '--seq-len', '32'])"
+    env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
+    start = lambda: subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    outputs = {p.communicate()[0] for p in [start(), start()]}
+    assert len(outputs) == 1 and "tokens to train on" in outputs.pop()
+    assert len(list(Path("data").iterdir())) == 1
+
+
+def test_a_shard_that_is_missing_short_or_altered_is_named(jsonl, small):
+    folder, manifest, _ = train.prepare(config())
+    path = folder / manifest["shards"][1]["file"]
+    good = path.read_bytes()
+    fix = f"restore it, or delete {folder} to prepare it anew"
+    path.write_bytes(good[:-1])
+    for damage, message in (
+        (lambda: path.write_bytes(good[:-1]), f"{path} has {len(good) - 1} bytes, not {len(good)}; {fix}"),
+        (lambda: path.write_bytes(good[:-9] + b"x" + good[-8:]), f"{path} was altered; {fix}"),
+        (lambda: path.unlink(), f"{path} is missing; {fix}"),
+    ):
+        damage()
+        with pytest.raises(UserError) as e:
+            Corpus.open(config())
+        assert str(e.value) == message
+    path.write_bytes(good)  # a copy: its time differs, so it is hashed once more, and that is remembered
+    Corpus.open(config())
+    assert not train.suspects(folder, train.read_manifest(folder))
+    path.write_bytes(good[:-9] + b"x" + good[-8:])
+    os.utime(
+        path, ns=(0, train.read_manifest(folder)["shards"][1]["mtime_ns"])
+    )  # time and size pretend nothing happened
+    Corpus.open(config())
+    with pytest.raises(UserError, match="was altered"):
+        Corpus.open(config(verify_data=True))
+
+
+def test_a_prepared_folder_can_be_copied_and_needs_its_source_no_more(jsonl, small, monkeypatch):
+    one = Corpus.open(config(tokenizer="train:400"))
+    shutil.copytree(one.source, "elsewhere", copy_function=shutil.copy)  # with new times of change
+    Path("docs.jsonl").unlink()
+    with monkeypatch.context() as m:
+        m.setattr(os, "access", lambda path, mode: False)
+        before = Path("elsewhere/manifest.json").read_text()
+        assert Corpus.open(config("elsewhere")).sha256 == one.sha256  # read-only: hashed, but nothing is written
+        assert Path("elsewhere/manifest.json").read_text() == before
+    assert Corpus.open(config("elsewhere", size="60m")).sha256 == one.sha256
+    with pytest.raises(UserError, match="elsewhere was prepared with --tokenizer train:400; leave --tokenizer out"):
+        Corpus.open(config("elsewhere", tokenizer="bytes"))
+    manifest = train.read_manifest(Path("elsewhere")) | {"complete": False}
+    train.write_manifest(Path("elsewhere"), manifest)
+    with pytest.raises(UserError, match="its preparation was not finished"):
+        Corpus.open(config("elsewhere"))
+
+
+def test_an_altered_manifest_or_tokenizer_is_refused(jsonl):
+    folder, _, _ = train.prepare(config(tokenizer="train:500"))
+    path = folder / "manifest.json"
+    good = path.read_text()
+    for bad in (good[:100], good.replace('"documents": ', '"documents": 1'), "[]", "{}"):
+        path.write_text(bad)
+        with pytest.raises(UserError, match="manifest.json cannot be used"):
+            Corpus.open(config(tokenizer="train:500"))
+    path.write_text(good)
+    path = folder / "tokenizer.tiktoken"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    with pytest.raises(UserError, match="tokenizer.tiktoken is missing or altered"):
+        Corpus.open(config(tokenizer="train:500"))
+
+
+def test_changed_files_are_prepared_anew(jsonl):
+    one = Corpus.open(config())
+    Path("docs.jsonl").write_text(Path("docs.jsonl").read_text() + json.dumps({"text": "one more"}) + "\n")
+    assert Corpus.open(config()).sha256 != one.sha256
+
+
+def test_a_folder_that_cannot_be_written_is_named(jsonl, monkeypatch):
+    Path("file").write_text("")
+    with pytest.raises(UserError, match="cannot be written .*use another --data-dir"):
+        Corpus.open(config(data_dir="file"))
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left on device.*goes on where this one stopped"):
+        Corpus.open(config())
+
+
+# The rows of a step
+
+
+@given(st.integers(1, 300), st.integers(0, 2**64 - 1))
+def test_shuffled_is_a_permutation(n, key):
+    assert sorted(train.shuffled(i, n, key) for i in range(n)) == list(range(n))
+
+
+def test_shuffled_permutations_are_as_random_as_they_should_be():
+    n, keys = 7, 1000
+    count = torch.zeros(n, n)
+    for key in range(keys):
+        for i in range(n):
+            count[i, train.shuffled(i, n, train.scramble(0, key))] += 1
+    chi2 = ((count - keys / n) ** 2 / (keys / n)).sum()
+    assert chi2 < 70  # 36 degrees of freedom: less than 1 in 1,000 by chance
+    far = [train.shuffled(i, 10**12, 3) for i in range(1000)]
+    assert len(set(far)) == 1000 and min(far) < 10**10 and max(far) > 10**12 - 10**10
+
+
+def test_the_tokens_of_a_step_depend_on_seed_and_step_alone(jsonl):
+    corpus = Corpus.open(config(seed=7))
+    x, y = corpus.batch(5, range(4))
+    assert x.shape == y.shape == (4, 32) and torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(x, Corpus.open(config(seed=7)).batch(5, range(4))[0])
+    assert not torch.equal(x, Corpus.open(config(seed=8)).batch(5, range(4))[0])
+    assert not torch.equal(x, corpus.batch(6, range(4))[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("reset", [False, True])
+def test_ranks_and_micro_batches_read_the_rows_of_one_global_batch(jsonl, ranks, reset):
+    corpus = Corpus.open(config(reset_at_documents=reset))
+    parts = [corpus.batch(3, range(r * 4 // ranks, (r + 1) * 4 // ranks)) for r in range(ranks)]
+    assert all(torch.equal(torch.cat(part), one) for part, one in zip(zip(*parts), corpus.batch(3, range(4))))
+
+
+def numbered(**settings):
+    """A corpus of three shards in which every token is its own place, with documents of 1 to 100 tokens."""
+    g, shards = random.Random(0), []
+    for i in range(3):
+        ends = np.cumsum([g.randint(1, 100) for _ in range(60)])
+        tokens = 10_000 * i + np.arange(ends[-1])
+        shards.append(
+            {
+                "train": tokens,
+                "train_starts": np.array([0, *ends[:-1]]),
+                "held_out": tokens[:70],
+                "held_out_starts": np.array([0]),
+            }
+        )
+    tokenizer = Tokenizer()
+    tokenizer.lengths = np.ones(30_000)
+    corpus = Corpus(
+        config("numbers", **settings), tokenizer, shards.__getitem__, [train.shard_sizes(s) for s in shards], None
+    )
+    return corpus, shards
+
+
+def test_an_epoch_reads_every_token_once():
+    corpus, shards = numbered(batch_size=1)
+    n, orders = corpus.train_index[-1], []
+    for epoch in range(3):
+        rows = [tuple(corpus.batch(epoch * n + i, range(1))[0][0].tolist()) for i in range(n)]
+        assert all(row == tuple(range(row[0], row[0] + 32)) for row in rows)
+        read = sorted(token for row in rows for token in row)
+        assert len(read) == len(set(read)) == 32 * n
+        for i, shard in enumerate(shards):  # all but the ends, side by side
+            here = [t - 10_000 * i for t in read if t // 10_000 == i]
+            assert here == list(range(here[0], here[-1] + 1)) and here[0] < 32 and here[-1] > len(shard["train"]) - 64
+        orders.append(rows)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_rows_reset_at_documents_hold_pieces_of_one_and_an_epoch_reads_all_of_them():
+    corpus, shards = numbered(batch_size=1, reset_at_documents=True)
+    begins = [10_000 * i + int(s) for i, shard in enumerate(shards) for s in shard["train_starts"]]
+    read = []
+    for i in range(corpus.train_index[-1]):
+        x, y = (z[0].tolist() for z in corpus.batch(i, range(1)))
+        scored = [t for t in y if t >= 0]
+        assert y == scored + [-100] * (32 - len(scored)) and x == [*range(scored[0] - 1, scored[-1])] + [0] * (
+            32 - len(scored)
+        )
+        assert not set(begins) & set(x[1 : len(scored)])  # but for its first token, which may begin one
+        read += scored
+    assert sorted(read) == [
+        t for i, s in enumerate(shards) for t in range(10_000 * i + 1, 10_000 * i + len(s["train"]))
+    ]
+
+
+def test_a_step_of_a_hundred_billion_tokens_is_found_at_once():
+    """Three thousand shards that compute what is asked of them: no list of rows, no permutation is made."""
+
+    class Numbers:
+        def __init__(self, shard):
+            self.shard = shard
+
+        def __getitem__(self, s):
+            return self.shard * 2**25 + np.arange(s.start, s.stop)
+
+    sizes = [{"train": 2**25, "held_out": 1, "documents": 30_000}] * 2999 + [
+        {"train": 2**25, "held_out": 2049, "documents": 1}
+    ]
+    start = time.process_time()
+    tokenizer = Tokenizer()
+    tokenizer.lengths = type("Ones", (), {"__getitem__": lambda self, tokens: np.ones(len(tokens))})()
+    corpus = Corpus(
+        config(seq_len=2048, batch_size=256), tokenizer, lambda i: dict.fromkeys(train.SPLITS, Numbers(i)), sizes, 0.1
+    )
+    x, _ = corpus.batch(190_000, range(256))
+    assert corpus.train.tokens > 10**11 and len(x.unique()) == x.numel()
+    assert x.min() < 10**10 and x.max() > 9 * 10**10
+    assert time.process_time() - start < 5
+
+
+# Through the command line
+
+
+def test_a_run_keeps_its_tokenizer_and_samples_with_it(jsonl, capsys):
+    small = "--d-model 16 --n-head 2 --n-layer 1 --chunk 16 --chunk-proj 16 --cms 16,inf --seq-len 64".split()
+    command = [*small, "--data", "docs.jsonl", "--tokenizer", "train:400", "--steps", "2", "--out", "mine"]
+    assert train.main(command) == 0
+    out = capsys.readouterr().out
+    assert (
+        "400 kinds of tokens" in out and json.loads(Path("mine/config.json").read_text())["model"]["vocab_size"] == 400
+    )
+    row = json.loads(Path("mine/log.jsonl").read_text().splitlines()[-1])
+    ratio = Corpus.open(config(tokenizer="train:400", seq_len=64)).tokens_per_byte
+    assert row["val_bpb"] == pytest.approx(row["val_loss"] / np.log(2) * ratio) and ratio < 0.6
+    os.rename("data", "gone")  # the run has all that sampling needs
+    assert train.main(["--sample", "mine", "--prompt", "Document", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("Document")
+    Path("mine/tokenizer.tiktoken").unlink()
+    assert train.main(["--sample", "mine"]) == 2
+    assert "mine/tokenizer.tiktoken is missing or not the run's" in capsys.readouterr().err
+    assert train.main(["--resume", "mine"]) == 0 and Path("mine/tokenizer.tiktoken").exists()  # from docs.jsonl, anew
