@@ -1142,7 +1142,9 @@ def memory_numbers(model: Hope, x: Tensor, y: Tensor) -> dict[str, list]:
     norm = lambda layers: sum(w.float().square().sum((-2, -1)) for w in layers).sqrt().mean().item()
     mean = lambda found: sum(m * n for m, n in found) / sum(n for _, n in found) if found else None
     return {name: [mean(found) for found in layers] for name, layers in sums.items()} | {
-        "memory_norm": [norm(m.main.now) if isinstance(m, hope.MemoryState) else None for m in state.memories],
+        "memory_norm": [
+            norm([w[:, :, -1] for w in m.main.now]) if isinstance(m, hope.MemoryState) else None for m in state.memories
+        ],
         "cms_norm": [[norm(fast.delta) for fast in layer if fast] for layer in state.cms],
     }
 

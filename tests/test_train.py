@@ -293,7 +293,7 @@ def test_memory_numbers_are_the_means_over_tokens_and_leave_no_hook():
         assert train.memory_numbers(model, x, x)[gate][0] == pytest.approx(mean, rel=1e-5)
     numbers, (_, state) = train.memory_numbers(model, x, x), model.observe(x, x)
     main = state.memories[1].main.now
-    norms = [sum(w[b, h].square().sum() for w in main).sqrt() for b in range(2) for h in range(2)]
+    norms = [sum(w[b, h, -1].square().sum() for w in main).sqrt() for b in range(2) for h in range(2)]
     assert numbers["memory_norm"][1] == pytest.approx(sum(norms).item() / 4, rel=1e-5)
     assert not any(module._forward_hooks for module in model.modules())
 
