@@ -712,12 +712,14 @@ class Attention(Memory):
 # Continuum memory system
 
 
-def fast_linear(x: Tensor, linear: nn.Linear, delta: Tensor | None) -> Tensor:
-    """x (b, t, i) through `linear` with its weight (o, i) changed by delta, (b, o, i) or None."""
-    if delta is None:
-        return F.linear(x, linear.weight, linear.bias)
-    y = x @ (linear.weight + delta).to(x.dtype).mT
-    return y if linear.bias is None else y + linear.bias.to(y.dtype)
+class FastLinear(nn.Linear):
+    """A linear layer whose weight (o, i) is changed per sequence by delta, (b, o, i) or None. x: (b, t, i)."""
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        if delta is None:
+            return super().forward(x)
+        y = x @ (self.weight + delta).to(x.dtype).mT
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def make_norm(config: HopeConfig) -> nn.Module:
@@ -735,18 +737,18 @@ class MLP(nn.Module):
         super().__init__()
         d, hidden, self.kind = config.memory.d_model, round(config.cms_hidden * config.memory.d_model), config.mlp
         self.norm = make_norm(config)
-        self.w_in = nn.Linear(d, 2 * hidden if self.kind == "swiglu" else hidden, bias=config.mlp_bias)
-        self.w_out = nn.Linear(hidden, d, bias=config.mlp_bias)
+        self.w_in = FastLinear(d, 2 * hidden if self.kind == "swiglu" else hidden, bias=config.mlp_bias)
+        self.w_out = FastLinear(hidden, d, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, delta: Sequence[Tensor] | None = None) -> Tensor:
         d_in, d_out = delta or (None, None)
-        z = fast_linear(self.norm(x), self.w_in, d_in)
+        z = self.w_in(self.norm(x), d_in)
         if self.kind == "swiglu":
             gate, z = z.chunk(2, -1)
             z = F.silu(gate) * z
         else:
             z = F.gelu(z, approximate="tanh") if self.kind == "gelu" else F.silu(z)
-        return x + fast_linear(z, self.w_out, d_out)
+        return x + self.w_out(z, d_out)
 
 
 class CMS(nn.Module):
