@@ -89,8 +89,8 @@ class TrainConfig:
     steps: int = setting(200, "optimizer steps")
     batch_size: int = setting(2, "sequences a step")
     seq_len: int = setting(512, "tokens of a sequence")
-    optimizer: Literal["muon", "adamw"] = setting(
-        "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all"
+    optimizer: Literal["muon", "adamw", "m3", "dgd", "delta-momentum", "deep-momentum"] = setting(
+        "muon", "what trains the matrices; AdamW trains the rest"
     )
     lr: float = setting(1e-2, "peak learning rate")
     schedule: Literal["cosine", "wsd"] = setting(
@@ -1032,18 +1032,25 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} is not available here; use cpu, or auto") from e
 
 
+# Learning rate of the matrices in parts of --lr, by optimizer: the best of tests/bench/optimizers.py on the tiny model.
+MATRIX_LR = {"muon": 1.0, "adamw": 1.0, "m3": 1.0, "dgd": 100.0, "delta-momentum": 100.0, "deep-momentum": 100.0}
+
+
 def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimizer]:
     groups = hope.param_groups(model)
     adamw = dict(lr=config.lr, betas=(0.9, 0.95))
-    if config.optimizer == "muon":
+    scale = MATRIX_LR[config.optimizer]
+    matrix = [{"params": groups["matrix"], "weight_decay": config.weight_decay / scale, "lr_scale": scale}]
+    make = {
         # match_rms_adamw gives Muon's step the size of AdamW's, so that one learning rate serves both.
-        muon = dict(lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        return [torch.optim.Muon(groups["matrix"], **muon), torch.optim.AdamW(groups["rest"], weight_decay=0, **adamw)]
-    split = [
-        {"params": groups["matrix"], "weight_decay": config.weight_decay},
-        {"params": groups["rest"], "weight_decay": 0.0},
-    ]
-    return [torch.optim.AdamW(split, **adamw)]
+        "muon": lambda: torch.optim.Muon(matrix, lr=config.lr, adjust_lr_fn="match_rms_adamw"),
+        "adamw": lambda: torch.optim.AdamW(matrix, **adamw),
+        "m3": lambda: hope.M3(matrix, lr=config.lr),
+        "dgd": lambda: hope.DGD(model, matrix, lr=config.lr, delta=0.01),
+        "delta-momentum": lambda: hope.DeltaMomentum(matrix, lr=config.lr),
+        "deep-momentum": lambda: hope.DeepMomentum(matrix, lr=config.lr),
+    }
+    return [make[config.optimizer](), torch.optim.AdamW(groups["rest"], weight_decay=0, **adamw)]
 
 
 class EMA(torch.optim.Optimizer):
@@ -1223,7 +1230,7 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
             lr = learning_rate(step, config)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
                 optimizer.zero_grad()
             x, y = corpus.batch(step, range(config.batch_size))
             loss, _ = model.observe(x.to(device), y.to(device), backward=True)

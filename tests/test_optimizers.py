@@ -6,6 +6,7 @@ As a program, launched by torchrun, it trains by every optimizer under DDP and F
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hope
+import train
 from kernels import newton_schulz
 
 OPTIMIZERS = {
@@ -609,6 +611,20 @@ def test_other_settings_are_refused_by_name():
     with pytest.raises(ValueError):
         optimizer.add_param_group({"params": params[1:], "every": 0})
     assert len(optimizer.param_groups) == 1  # nothing of it was taken
+
+
+@pytest.mark.parametrize("optimizer", ["m3", "dgd", "delta-momentum", "deep-momentum"])
+def test_a_training_run_resumes_to_the_same_end(optimizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the memory reads what the memory wrote and forgets the rest of it. " * 60)
+    small = "--d-model 16 --n-head 2 --n-layer 1 --chunk 16 --chunk-proj 16 --cms 16,inf --seq-len 32 --data text.txt"
+    command = [*small.split(), "--steps", "6", "--eval-every", "3", "--save-every", "3", "--optimizer", optimizer]
+    assert train.main(command) == 0
+    log = lambda: [json.loads(line)["loss"] for line in Path("runs/tiny/log.jsonl").read_text().splitlines()]
+    whole = log()
+    assert whole[-1] < whole[0]
+    shutil.rmtree("runs/tiny/checkpoints/step-000006")
+    assert train.main(["--resume", "runs/tiny"]) == 0 and log() == whole
 
 
 @every_optimizer
