@@ -1033,24 +1033,26 @@ def pick_device(name: str) -> torch.device:
 
 
 # Learning rate of the matrices in parts of --lr, by optimizer: the best of tests/bench/optimizers.py on the tiny model.
-MATRIX_LR = {"muon": 1.0, "adamw": 1.0, "m3": 1.0, "dgd": 100.0, "delta-momentum": 100.0, "deep-momentum": 100.0}
+MATRIX_LR = {"muon": 1.0, "adamw": 1.0, "m3": 3.0, "dgd": 100.0, "delta-momentum": 10.0, "deep-momentum": 30.0}
 
 
 def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    groups = hope.param_groups(model)
+    groups, name = hope.param_groups(model), config.optimizer
     adamw = dict(lr=config.lr, betas=(0.9, 0.95))
-    scale = MATRIX_LR[config.optimizer]
-    matrix = [{"params": groups["matrix"], "weight_decay": config.weight_decay / scale, "lr_scale": scale}]
+    decay = config.weight_decay / MATRIX_LR[name]  # a step of decay is lr times this
+    matrix = [{"params": groups["matrix"], "weight_decay": decay, "lr_scale": MATRIX_LR[name]}]
+    rest = [{"params": groups["rest"], "weight_decay": 0.0}]
+    if name == "adamw":
+        return [torch.optim.AdamW(matrix + rest, **adamw)]
     make = {
         # match_rms_adamw gives Muon's step the size of AdamW's, so that one learning rate serves both.
         "muon": lambda: torch.optim.Muon(matrix, lr=config.lr, adjust_lr_fn="match_rms_adamw"),
-        "adamw": lambda: torch.optim.AdamW(matrix, **adamw),
         "m3": lambda: hope.M3(matrix, lr=config.lr),
         "dgd": lambda: hope.DGD(model, matrix, lr=config.lr, delta=0.01),
         "delta-momentum": lambda: hope.DeltaMomentum(matrix, lr=config.lr),
         "deep-momentum": lambda: hope.DeepMomentum(matrix, lr=config.lr),
     }
-    return [make[config.optimizer](), torch.optim.AdamW(groups["rest"], weight_decay=0, **adamw)]
+    return [make[name](), torch.optim.AdamW(rest, **adamw)]
 
 
 class EMA(torch.optim.Optimizer):
