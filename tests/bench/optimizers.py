@@ -217,8 +217,8 @@ def bits_per_byte(optimizer: str, scale: float, seed: int, arch: str, steps: int
     """Held-out bits per byte of a tiny model after `steps` steps of 2 x 256 bytes; inf if it diverged."""
     torch.manual_seed(seed)
     config = train.TrainConfig(optimizer=optimizer, steps=steps, seq_len=256, seed=seed)
-    corpus = train.Corpus(config.data, config.seq_len)
-    model = hope.Hope(hope.HopeConfig.preset("tiny", arch, vocab_size=256))
+    corpus = train.Corpus.open(config)
+    model = hope.Hope(hope.HopeConfig.preset("tiny", arch, vocab_size=corpus.tokenizer.vocab_size))
     train.MATRIX_LR[optimizer] = scale
     optimizers = train.make_optimizers(model, config)
     for step in range(steps):
@@ -227,16 +227,15 @@ def bits_per_byte(optimizer: str, scale: float, seed: int, arch: str, steps: int
             for group in o.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             o.zero_grad()
-        x, y = corpus.batch(step, config.batch_size, seed)
+        x, y = corpus.batch(step, range(config.batch_size))
         model.observe(x, y, backward=True)
         if not nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).isfinite():
             return math.inf
         for o in optimizers:
             o.step()
-    x, y = (z[::4] for z in corpus.validation())
     with torch.no_grad():
-        loss = model.observe(x, y, reduction="none")[0].mean().item()
-    return loss / math.log(2) if math.isfinite(loss) else math.inf
+        loss = model.observe(*corpus.validation(10))[0].item() * corpus.tokens_per_byte / math.log(2)
+    return loss if math.isfinite(loss) else math.inf
 
 
 def text(optimizers: list[str], seeds: int, arch: str) -> None:
