@@ -459,9 +459,9 @@ class Memory(nn.Module):
     l2-normalised and rescaled by a learnt factor, without which a model writes ever larger targets for itself.
     """
 
-    def __new__(cls, config: MemoryConfig):
-        # Attention is the member of the family without parameters: `Memory(config)` makes either.
-        return super().__new__(Attention if cls is Memory and config.depth == 0 else cls)
+    def __new__(cls, config: MemoryConfig | None = None):
+        # Attention is the member of the family without parameters: `Memory(config)` makes either. Copies come without config.
+        return super().__new__(Attention if cls is Memory and config and config.depth == 0 else cls)
 
     def __init__(self, config: MemoryConfig):
         super().__init__()

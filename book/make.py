@@ -21,7 +21,7 @@ How a text is written (tests/test_book.py holds it to this):
           holds: a gradient step is the argmin of (2)      # or definition: or erratum:
           perturb: 0.5 * eta => 0.6 * eta                  # OLD => NEW or a list; OLD occurs once in the cell
 
-  Each edit is one wrong claim and must end in AssertionError. An erratum needs two: one that breaks the corrected
+  Quote an edit that has a colon. Each is one wrong claim and must end in AssertionError. An erratum needs two: one that breaks the corrected
   form, one that mends the printed one. The cell is plain Python; lines that begin with % are skipped here.
 - An erratum stands beside its equation and again in Appendix B, so it must read well alone. Its title links to what it
   concerns. Numbers with a decimal point under Size must be printed by the check cell:
@@ -49,6 +49,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import yaml
+from jupytext.myst import MystMetadataParsingError
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -212,7 +213,10 @@ def all_errata() -> str:
     parts = []
     for e in found:
         plain = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", e.title)
-        parts.append(f"## {plain}\n\n{e.title} in chapter {number(e.text)}, [{title(e.text)}]({e.text.stem}.ipynb).")
+        kind = "" if plain[0] != "(" else "Equations " if len(e.labels) > 1 else "Equation "
+        parts.append(
+            f"## {kind}{plain}\n\n{e.title} in chapter {number(e.text)}, [{title(e.text)}]({e.text.stem}.ipynb)."
+        )
         parts += [f"**{name}.** {words}" for name, words in e.fields.items()]
     return "\n\n".join(parts)
 
@@ -335,7 +339,7 @@ def main() -> int:
             bad.append(f"book/text/{text.name}: {error}")
         except subprocess.CalledProcessError:
             bad.append(f"book/text/{text.name}: a check can pass for a wrong claim, see above")
-        except Mistake as mistake:
+        except (Mistake, MystMetadataParsingError) as mistake:
             bad.append(str(mistake))
     if args.check and not args.chapter:
         names = {text.stem for text in chosen}

@@ -1,6 +1,7 @@
 """The model's four properties (gradients through every write, no leak, any split, nothing shared), its writes, its levels."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -256,6 +257,17 @@ def test_sampling_keeps_to_top_k_and_top_p():
     assert count(top_k=2)[2:].sum() == 0 and count(top_k=2)[1] > 0
     assert count(top_p=0.75)[2:].sum() == 0 and count(top_p=0.75)[1] > 0
     assert count(top_p=0.4)[0] == 4000
+
+
+@pytest.mark.parametrize("arch", ["hope", "hope-attention"])
+def test_a_copy_of_a_model_answers_the_same_and_is_its_own(arch):
+    model = random_model(small_config(arch))
+    copy = deepcopy(model)
+    x = tokens(1, 9)
+    torch.testing.assert_close(copy(x)[0], model(x)[0], rtol=0, atol=0)
+    with torch.no_grad():
+        copy.embed.weight += 1
+    assert not torch.equal(copy(x)[0], model(x)[0])
 
 
 def test_misuse_is_refused_with_the_fix():

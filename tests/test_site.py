@@ -232,3 +232,25 @@ def test_the_setup_cell(name: str, tmp_path: Path) -> None:
     done = run_setup(public, importable=False, folder=tmp_path)
     assert done.returncode == 0 and "git clone" in done.stdout and "pip install" in done.stdout
     assert "https://github.com/somebody/something" in done.stdout
+
+
+# Runs a cell without the project, with git as it is and pip replaced by a note; then says where it is.
+RUN_CLONE = """
+import importlib.util, os, subprocess, sys
+real = subprocess.run
+importlib.util.find_spec = lambda name: None
+subprocess.run = lambda command, check: real(command, check=check) if command[0] == "git" else print("RUN", *command)
+exec(sys.argv[1])
+print(os.getcwd())
+"""
+
+
+def test_the_setup_cell_clones_the_address_it_is_given(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git clone, or no git: nothing to clone from")
+    cell = setup_cell(CHAPTER).replace('ADDRESS = ""', f'ADDRESS = "{ROOT.as_uri()}"', 1)
+    done = subprocess.run([sys.executable, "-c", RUN_CLONE, cell], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    clone = tmp_path / "nested-learning"
+    assert "pip install -q ./nested-learning" in done.stdout and done.stdout.endswith(f"{clone / 'book'}\n")
+    assert (clone / "pyproject.toml").exists() and (clone / "book" / "style.mplstyle").exists()
