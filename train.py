@@ -1032,8 +1032,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} is not available here; use cpu, or auto") from e
 
 
-# Learning rate of the matrices in parts of --lr, by optimizer: the best of tests/bench/optimizers.py on the tiny model.
-MATRIX_LR = {"muon": 1.0, "adamw": 1.0, "m3": 3.0, "dgd": 100.0, "delta-momentum": 10.0, "deep-momentum": 30.0}
+# Learning rate of the matrices in parts of --lr. Those of the last four were the best of tests/bench/optimizers.py.
+MATRIX_LR = {"muon": 1.0, "adamw": 1.0, "m3": 3.0, "dgd": 100.0, "delta-momentum": 10.0, "deep-momentum": 300.0}
 
 
 def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimizer]:
