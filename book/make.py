@@ -12,8 +12,9 @@ How a text is written (tests/test_book.py holds it to this):
 
 - Front matter as in chapter 1, with the question that the contents page shows. A code cell tagged `set-up` gets the
   code for Colab. Lines `<!-- make: contents -->`, `equations`, `errata` are replaced by what is collected here.
-- An equation of the paper has the line `(eq-9)=` before its display, which ends in `\\tag{9}`; link to it from any page as
-  `[(9)](#eq-9)`. Other labels: `def-2`, `alg-1`, `sec-4-3`, `sec-3-3-generation`. Our own equations are (2.1), (2.2), ...
+- An equation of the paper has the line `(eq-9)=` before its display, which ends in `\\tag{9}`; link to it from any page
+  as `[(9)](#eq-9)`. Other labels: `def-2`, `alg-1`, `sec-4-3`, `sec-3-3-generation`. Our own equations are (2.1), (2.2),
+  ... A display of several lines is an `aligned` with rows ended by `\\cr`: around `\\\\` Sphinx puts what forbids a tag.
 - A check cell says so in its metadata. For each label it gives a status, a name, and edits under which it must fail:
 
       checks:
@@ -21,8 +22,9 @@ How a text is written (tests/test_book.py holds it to this):
           holds: a gradient step is the argmin of (2)      # or definition: or erratum:
           perturb: 0.5 * eta => 0.6 * eta                  # OLD => NEW or a list; OLD occurs once in the cell
 
-  Quote an edit that has a colon. Each is one wrong claim and must end in AssertionError. An erratum needs two: one that breaks the corrected
-  form, one that mends the printed one. The cell is plain Python; lines that begin with % are skipped here.
+  Quote an edit that has a colon. Each is one wrong claim and must end in AssertionError. An erratum needs two: one that
+  breaks the corrected form, one that mends the printed one. The cell is plain Python; lines that begin with % are
+  skipped here. What is printed must not depend on the random start of a hope module, which may change: set weights.
 - An erratum stands beside its equation and again in Appendix B, so it must read well alone. Its title links to what it
   concerns. Numbers with a decimal point under Size must be printed by the check cell:
 
