@@ -793,7 +793,9 @@ class CMS(nn.Module):
     def init_state(self, b: int) -> list[FastMLP | None]:
         state: list[FastMLP | None] = []
         for level, fast, slower in zip(self.levels, self.fast, self._slower()):
-            zeros = [w.new_zeros(b, *w.shape) for w in (level.w_in.weight, level.w_out.weight)]
+            weights = (level.w_in.weight, level.w_out.weight)
+            # In float32 at least: steps are small beside what they have added up to.
+            zeros = [w.new_zeros(b, *w.shape, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
             state.append(FastMLP(zeros, zeros, *([zeros, zeros] if slower is not None else [])) if fast else None)
         return state
 
@@ -851,6 +853,7 @@ class Hope(nn.Module):
     def __init__(self, config: HopeConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # keep no block's inner activations for the backward pass, which then runs it again
         d = config.memory.d_model
         self.embed = nn.Embedding(config.vocab_size, d)
         self.embed_position = nn.Embedding(config.n_position, d) if config.n_position else None
@@ -910,7 +913,10 @@ class Hope(nn.Module):
                 )
             x = x + self.embed_position.weight[start : start + tokens.shape[1]]
         for block, memory, fast in zip(self.blocks, memories, cms):
-            x, memory = block(x, memory, fast)
+            if self.recompute and torch.is_grad_enabled():
+                x, memory = checkpoint(block, x, memory, fast, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, memory = block(x, memory, fast)
             new.append(memory)
         x = self.norm(x)
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x), new
@@ -1049,7 +1055,8 @@ class Hope(nn.Module):
             deltas = [d for layer in fresh for f in layer if f for d in f.delta]
             teaches = loss.detach().sum(1) > surprise * (targets != -100).sum(1)
             taught = (loss * teaches[:, None]).sum()
-            grads = iter(torch.autograd.grad(taught, deltas, retain_graph=graph, create_graph=full))
+            with torch.autocast(tokens.device.type, enabled=False):
+                grads = iter(torch.autograd.grad(taught, deltas, retain_graph=graph, create_graph=full))
         loss = loss[:, open.tokens.shape[1] :]
         new = []
         for block, layer in zip(self.blocks, fresh):
