@@ -5,6 +5,7 @@
     python train.py --data my.txt                      your own text: files, patterns, or a data set of the hub
     python train.py --sample runs/tiny --prompt "The " continue a prompt with a trained model
     python train.py --resume runs/tiny                 go on with a run that was stopped
+    torchrun --nproc_per_node=8 train.py --size 760m   eight GPUs; --nodes for more than one machine
 
 Every setting is a flag; a run directory holds config.json, log.jsonl, loss.png and checkpoints. Nothing is unpickled.
 """
@@ -28,10 +29,11 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -42,15 +44,26 @@ from typing import Any, Literal, get_args, get_type_hints
 import numpy as np
 import safetensors.numpy
 import torch
-from filelock import FileLock
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import hope
 from hope import Hope, HopeConfig, MemoryConfig, check_choices, check_positive, setting
+
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process needs none
+# A state's tensors may be views, which nothing writes in place.
+warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
 
 
 class UserError(Exception):
@@ -118,15 +131,34 @@ class TrainConfig:
         "peak of one device, in 10^12 operations a second, to measure utilisation by; 0 for known GPUs' in bfloat16",
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of matrix products; memories and optimizers stay in float32. auto: bfloat16 on GPUs"
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = setting(
+        "auto",
+        "under torchrun: ddp keeps the model in every process, fsdp a part of it; auto: fsdp from 300M parameters",
+    )
+    nodes: int = setting(1, "machines; with fsdp every machine holds the whole model, in parts (HSDP)")
+    micro_batch: int = setting(0, "sequences that a process takes at once, the rest of its share follows; 0 for all")
+    recompute: bool = setting(False, "recompute every block in the backward pass: less memory, about a third more time")
+    compile: bool = setting(False, "compile the MLPs with torch.compile")
+    max_skips: int = setting(
+        10, "a step whose loss or gradient is not finite is skipped; after so many in a row the run stops"
+    )
+    spike: float = setting(0.0, "also skip a step whose loss is over this many times its running mean; 0 for never")
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_positive(self, "steps", "batch_size", "seq_len", "eval_every", "save_every", "keep")
+        check_positive(self, "steps", "batch_size", "seq_len", "eval_every", "save_every", "keep", "nodes", "max_skips")
+        if self.micro_batch < 0:
+            raise ValueError(f"micro_batch is {self.micro_batch}; give a number of sequences, or 0 for all at once")
         if self.lr <= 0 or self.grad_clip <= 0:
             raise ValueError(f"lr is {self.lr}, grad_clip is {self.grad_clip}; both must be positive")
         for name in ("warmup", "decay_part", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a part, from 0 to 1")
+        if self.spike < 0 or 0 < self.spike <= 1:
+            raise ValueError(f"spike is {self.spike}; give a factor above 1, or 0 to skip no finite step")
         for name in ("held_out", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is from 0 to below 1")
@@ -858,8 +890,41 @@ def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, str]:
         return TrainConfig(**stored["train"]), config, stored["data_sha256"]
     except FileNotFoundError as e:
         raise UserError(f"{path.parent} is no run directory, it has no config.json; give one that train.py made") from e
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} cannot be used ({type(e).__name__}: {e}); restore it, or start anew with --out") from e
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
+        raise UserError(
+            f"{path} cannot be used ({type(e).__name__}: {reason(e)}); restore it, or start anew with --out"
+        ) from e
+
+
+def differing(old: dict, new: dict) -> str:
+    """The first setting that two runs do not share and that may not change during a run, as `name = old, not new`."""
+    flat = lambda c: {**c["train"], **c["model"], **c["model"]["memory"], "data_sha256": c["data_sha256"]}
+    old, new = flat(old), flat(new)
+    for k in new:
+        if k not in Run.FREE | {"memory"} and new[k] != old.get(k):
+            return f"{k} = {old.get(k)}, not {new[k]}"
+    return ""
+
+
+def reason(e: BaseException) -> str:
+    """An exception in one line."""
+    while isinstance(e, CheckpointException) and e.failures:
+        e = next(iter(e.failures.values()))[0]
+    if isinstance(e, OSError) and e.strerror:
+        return e.strerror
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory last beyond a power failure."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
 
 
 # What a row of log.jsonl holds, one row a step; those marked * with every validation only. A tracker gets the same.
@@ -872,6 +937,7 @@ LOG = {
     "tokens_per_s": "since this process started, validation and saving included",
     "utilisation": "part of the devices' peak that 6 operations per parameter (embedding left out) and token make up; "
     "only where the peak is known or given by --peak-tflops",
+    "skipped": "why this step changed nothing; only where one was skipped: loss and grad_norm are null if not finite",
     "val_loss": "* nats per token of held-out text",
     "val_bpb": "* the same in bits per byte of the text",
     "eta": "* mean inner step size, one number per layer; null for a layer without",
@@ -882,98 +948,186 @@ LOG = {
 
 
 class Run:
-    """A run directory: config.json, log.jsonl, loss.png, checkpoints/step-000100."""
+    """A run directory: config.json, log.jsonl, loss.png, checkpoints/step-000100.
+
+    A checkpoint is a directory of safetensors files, which every process writes a part of, and state.json: the step,
+    the run's settings, and the sha256 of every file and of itself. It can be loaded by any number of processes.
+    """
 
     # What may differ between the start of a run and its continuation.
-    FREE = {"out", "device", "keep", "eval_every", "save_every", "data_dir", "verify_data", "tracker", "peak_tflops"}
+    FREE = {
+        "out", "device", "keep", "eval_every", "save_every", "data_dir", "verify_data", "tracker", "peak_tflops",
+        "parallel", "nodes", "micro_batch", "recompute", "compile", "max_skips",
+    }  # fmt: skip
 
     def __init__(self, path: Path):
         self.path = path
         self.log_path, self.checkpoints = path / "log.jsonl", path / "checkpoints"
         self.track: Callable[[dict], None] = lambda row: None
+        self.lock = FileLock(path / ".lock", timeout=0)
+        self.writer = ThreadPoolExecutor(1)
+        self.written: Future | None = None
 
-    def open(self, config: TrainConfig, model: HopeConfig, sha256: str) -> None:
-        """Make the directory, or check that the one that is there belongs to this very run."""
-        new, path = to_json(config, model, sha256), self.path / "config.json"
-        if path.exists():
-            old = to_json(*from_json(path))
-            flat = lambda c: {**c["train"], **c["model"], **c["model"]["memory"], "data_sha256": c["data_sha256"]}
-            old, new = flat(old), flat(new)
-            differ = [k for k in new if k not in self.FREE | {"memory"} and new[k] != old[k]]
-            if differ:
-                k = differ[0]
-                raise UserError(
-                    f"{self.path} holds a run with {k} = {old[k]}, not {new[k]}; "
-                    f"use another directory (--out DIR) or go on with that run (--resume {self.path})"
-                )
-            return
+    def open(self, config: dict) -> None:
+        """Make the directory, or check that the one that is there belongs to this very run; and lock it."""
+        path = self.path / "config.json"
         # A hidden file is what a process killed in its first second leaves; anything else is somebody's.
-        if self.path.exists() and not (self.path.is_dir() and all(p.name[0] == "." for p in self.path.iterdir())):
-            raise UserError(f"{self.path} exists and is no run directory; use another one (--out DIR)")
+        if self.path.exists() and not path.exists():
+            if not (self.path.is_dir() and all(p.name[0] == "." for p in self.path.iterdir())):
+                raise UserError(f"{self.path} exists and is no run directory; use another one (--out DIR)")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(new, indent=2) + "\n")
+            self.lock.acquire()  # let go when the process ends, however it does
+            if not path.exists():
+                write_atomically(path, json.dumps(config, indent=2) + "\n")
+        except Timeout as e:
+            raise UserError(
+                f"another process trains in {self.path}; wait for it, or use another directory (--out DIR)"
+            ) from e
         except OSError as e:
             raise UserError(f"{self.path} cannot be written ({e.strerror}); use another directory (--out DIR)") from e
+        if found := differing(to_json(*from_json(path)), config):
+            raise UserError(
+                f"{self.path} holds a run with {found}; "
+                f"use another directory (--out DIR) or go on with that run (--resume {self.path})"
+            )
+
+    def close(self) -> None:
+        self.lock.release()
 
     def saved(self) -> list[Path]:
         """Checkpoints, oldest first."""
         return sorted(self.checkpoints.glob("step-*"))
 
-    def save(self, step: int, model: Hope, optimizers: list, keep: int) -> None:
-        """Write a checkpoint beside, then rename it: a reader sees all of it or none."""
-        target, beside = self.checkpoints / f"step-{step:06d}", self.checkpoints / f".step-{step:06d}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, beside / "model.safetensors")
-        tensors = {}
-        for i, optimizer in enumerate(optimizers):
-            for j, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"{i}.{j}.{key}": torch.as_tensor(v).contiguous() for key, v in state.items()}
-        save_file(tensors, beside / "optimizer.safetensors")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(beside, target)
-        for old in self.saved()[:-keep]:
-            shutil.rmtree(old)
+    def save(self, state: dict, tensors: dict[str, Tensor], keep: int, world: World) -> None:
+        """Start to write a checkpoint. Tensors are copied at once; the files are written while training goes on.
 
-    def load(self, path: Path, model: Hope, optimizers: list | None = None) -> int:
-        """Load a checkpoint; returns its step."""
+        It is written beside and renamed at the end: a reader sees all of it or none. `wait` tells whether it worked.
+        """
+        self.wait(world)
+        target, beside = (self.checkpoints / f"{dot}step-{state['step']:06d}" for dot in ("", "."))
+
+        def prepare() -> None:
+            try:
+                for old in self.checkpoints.glob(".step-*"):
+                    shutil.rmtree(old)
+                beside.mkdir(parents=True)
+            except OSError as e:
+                raise self.cannot_write(e) from e
+
+        world.first(prepare)
+        parts = dcp.async_save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True),
+            process_group=world.writers,
+            no_dist=not world.launched,
+        )
+
+        def finish() -> None:
+            parts.result()  # of all processes
+            if world.rank == 0:
+                described = {**state, "files": {p.name: file_sha256(p) for p in sorted(beside.iterdir())}}
+                described["sha256"] = fingerprint(described)
+                write_atomically(beside / "state.json", json.dumps(described, indent=1) + "\n")
+                sync_directory(beside)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(beside, target)
+                sync_directory(self.checkpoints)
+                for old in self.saved()[:-keep]:
+                    shutil.rmtree(old)
+
+        self.written = self.writer.submit(finish)
+
+    def wait(self, world: World) -> None:
+        """Until the checkpoint that is being written is complete. UserError, in all processes, if it cannot be."""
+        written, self.written, error = self.written, None, ""
         try:
-            model.load_state_dict(load_file(path / "model.safetensors"))
-            if optimizers is not None:
-                tensors = load_file(path / "optimizer.safetensors")
-                for i, optimizer in enumerate(optimizers):
-                    state = optimizer.state_dict()
-                    for name, tensor in tensors.items():
-                        which, j, key = name.split(".", 2)
-                        if int(which) == i:
-                            state["state"].setdefault(int(j), {})[key] = tensor
-                    optimizer.load_state_dict(state)
-            return int(path.name.removeprefix("step-"))
-        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as e:
-            reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
-            raise UserError(f"checkpoint {path} cannot be loaded ({reason}); delete it to use the one before") from e
+            if written:
+                written.result()
+        except (Exception, CheckpointException) as e:
+            error = str(self.cannot_write(e))
+        world.agree(error)
+
+    def cannot_write(self, e: BaseException) -> UserError:
+        last = f"the last good one is {self.saved()[-1]}" if self.saved() else "there is none before it"
+        return UserError(
+            f"no checkpoint can be written to {self.checkpoints} ({reason(e)}); {last}; "
+            f"make room, then go on: python train.py --resume {self.path}"
+        )
+
+    def check(self, path: Path, world: World) -> dict:
+        """The state of a checkpoint whose files are all as they were written."""
+        state = json.loads((path / "state.json").read_text())
+        claimed = state.pop("sha256")
+        if fingerprint(state) != claimed:
+            raise ValueError("state.json was altered")
+        names = sorted(state["files"])
+        if found := {p.name for p in path.iterdir()} ^ {*names, "state.json"}:
+            raise ValueError(f"{sorted(found)[0]} is {'missing' if found & set(names) else 'not one of its files'}")
+        for name in names[world.rank :: world.size]:
+            if file_sha256(path / name) != state["files"][name]:
+                raise ValueError(f"{name} was altered")
+        return state
+
+    def load(self, path: Path, config: dict, tensors: dict[str, Tensor], world: World, only: Any = "") -> dict:
+        """Fill `tensors` in place from a checkpoint and return its state. UserError, in all processes, says why not.
+
+        `only` is the beginning of the names that are wanted, or a tuple of some. Nothing is unpickled: safetensors and JSON hold no code.
+        """
+        error, state = "", {}
+        try:
+            state = self.check(path, world)
+            if found := differing(state["config"], config):
+                raise ValueError(f"it is of a run with {found}")
+            reader = HuggingFaceStorageReader(str(path))
+            stored = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if k.startswith(only)}
+            if found := stored.keys() ^ tensors.keys():
+                raise ValueError(f"{min(found)} is {'missing' if min(found) in tensors else 'not known here'}")
+            for name, tensor in tensors.items():
+                shape, dtype = stored[name].size, stored[name].properties.dtype
+                if (shape, dtype) != (tensor.shape, tensor.dtype):
+                    raise ValueError(f"{name} is {tuple(shape)} {dtype}, not {tuple(tensor.shape)} {tensor.dtype}")
+                if sum(math.prod(c.sizes) for c in stored[name].chunks) != tensor.numel():
+                    raise ValueError(f"parts of {name} are missing")
+        except Exception as e:  # whatever a damaged file leads its reader to
+            error = reason(e)
+        else:
+            world.agree()
+            try:
+                dcp.load(tensors, storage_reader=reader, process_group=world.writers, no_dist=not world.launched)
+            except (Exception, CheckpointException) as e:
+                error = reason(e)
+        world.agree(error and f"checkpoint {path} cannot be loaded ({error}); delete it to use the one before")
+        return state
 
     def log(self) -> list[dict]:
-        """Rows of log.jsonl, without a last one that a killed process left half written."""
-        if not self.log_path.exists():
-            return []
-        lines = self.log_path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """Rows of log.jsonl, without those that are damaged, such as the last one of a process killed in writing it."""
+        rows = []
+        if self.log_path.exists():
+            for line in self.log_path.read_text(errors="replace").splitlines():
+                try:
+                    row = json.loads(line)
+                    rows += [row] if isinstance(row["step"], int) and "loss" in row else []
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    pass
+        return rows
 
     def append(self, row: dict) -> None:
         with open(self.log_path, "a") as f:
             f.write(json.dumps(row) + "\n")
         self.track(row)
 
-    def forget_after(self, step: int) -> None:
-        """Drop log rows of steps that a resumed run will take again."""
+    def forget_after(self, step: int) -> int:
+        """Drop log rows of steps that a resumed run will take again; returns how many."""
+        rows = self.log()
+        kept = [r for r in rows if r["step"] <= step]
         if self.log_path.exists():
-            write_atomically(self.log_path, "".join(json.dumps(r) + "\n" for r in self.log() if r["step"] <= step))
+            write_atomically(self.log_path, "".join(json.dumps(r) + "\n" for r in kept))
+        return len(rows) - len(kept)
 
     def plot(self, title: str, bits: float) -> None:
         rows = self.log()
-        loss = [(r["step"], r["loss"] * bits) for r in rows]
+        loss = [(r["step"], r["loss"] * bits) for r in rows if "skipped" not in r]
         smooth, mean = [], None
         for step, y in loss:
             mean = y if mean is None else 0.9 * mean + 0.1 * y
@@ -982,8 +1136,9 @@ class Run:
         val = [(r["step"], r["val_bpb"]) for r in rows if "val_bpb" in r]
         fig = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: no display and no backend is touched
         ax = fig.subplots()
-        ax.plot(*zip(*loss), color="#9ecae1", linewidth=0.8, label="training, each step")
-        ax.plot(*zip(*smooth), color="#08519c", linewidth=1.8, label="training, running mean")
+        if loss:
+            ax.plot(*zip(*loss), color="#9ecae1", linewidth=0.8, label="training, each step")
+            ax.plot(*zip(*smooth), color="#08519c", linewidth=1.8, label="training, running mean")
         if val:
             ax.plot(*zip(*val), "o--", color="#d94801", label="validation")
             ax.annotate(f"{val[-1][1]:.2f}", val[-1], xytext=(0, 8), textcoords="offset points", ha="center")
@@ -1018,7 +1173,7 @@ def make_tracker(config: TrainConfig, start: int) -> Callable[[dict], None]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Distribution
 
 
 def pick_device(name: str) -> torch.device:
@@ -1030,6 +1185,171 @@ def pick_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not available here; use cpu, or auto") from e
+
+
+class World:
+    """The processes that train together: this one alone, or those that torchrun started, one for each GPU.
+
+    They take the same steps in the same order, and what one of them decides or finds wrong they all get to know.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.launched = "RANK" in os.environ
+        self.device = pick_device(config.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if config.batch_size % self.size or self.size % config.nodes:
+            raise UserError(
+                f"{self.size} processes on {config.nodes} nodes cannot share {config.batch_size} sequences a step evenly; "
+                "give a --batch-size that is a multiple of the number of processes, and --nodes as torchrun's --nnodes"
+            )
+        if config.parallel == "fsdp" and not self.launched:
+            raise UserError(
+                "--parallel fsdp is for several processes; start it with: torchrun --nproc_per_node=N train.py"
+            )
+        # Processes agree by gloo, beside the computation on GPUs; so does the writer of checkpoints, in its own group.
+        self.writers = None
+        if self.launched:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            self.writers = dist.new_group(backend="gloo")
+
+    def share(self, n: int) -> range:
+        """Which of n rows are this process's."""
+        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value's sum over processes."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.launched:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def agree(self, error: str = "") -> None:
+        """Raise the first process's error in all of them."""
+        errors = [error]
+        if self.launched:
+            errors = [""] * self.size
+            dist.all_gather_object(errors, error)
+        for e in filter(None, errors):
+            raise UserError(e)
+
+    def together(self, act: Callable[[], Any]) -> Any:
+        """act() in every process; a UserError of one is raised in all."""
+        found, error = None, ""
+        try:
+            found = act()
+        except UserError as e:
+            error = str(e)
+        self.agree(error)
+        return found
+
+    def first(self, act: Callable[[], Any]) -> Any:
+        """What act() returns in the first process, or its UserError, in all of them."""
+        found = [self.together(lambda: act() if self.rank == 0 else None)]
+        if self.launched:
+            dist.broadcast_object_list(found, device=torch.device("cpu"))
+        return found[0]
+
+    def close(self) -> None:
+        if self.launched:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def distribute(model: Hope, config: TrainConfig, world: World) -> None:
+    """Cut the model up among the processes if it is to be (FSDP2).
+
+    One group of weights for each block, gathered in bfloat16 where matrix products are; the start states and gates of
+    memories have a group of their own, in float32. Hope runs a block once for every segment of a stream, and each run has
+    a backward pass of its own for the CMS. Gathering weights and adding up gradients each time would cost one exchange a
+    segment; so weights are gathered once a step (`gathered`), gradients are added up once a step (`sum_gradients`),
+    and FSDP's hooks do nothing in between.
+    """
+    size = sum(p.numel() for p in model.parameters())
+    if not world.launched or config.parallel == "ddp" or (config.parallel == "auto" and size < 300e6):
+        return
+    per_node = world.size // config.nodes
+    shape, names = ((config.nodes, per_node), ("node", "gpu")) if config.nodes > 1 else ((world.size,), ("gpu",))
+    settings = dict(mesh=init_device_mesh(world.device.type, shape, mesh_dim_names=names), reshard_after_forward=False)
+    low = torch.bfloat16 if precision(config, world) == torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        exact = [getattr(block.memory, name, None) for name in ("start", "gates")]
+        if exact := [module for module in exact if module]:
+            fully_shard(exact, **settings)
+        fully_shard(block, mp_policy=policy, **settings)
+    fully_shard(model, **settings)
+    model.set_requires_gradient_sync(False)
+    model.set_reshard_after_backward(False)
+    register_fsdp_forward_method(model, "observe")
+
+
+def precision(config: TrainConfig, world: World) -> torch.dtype:
+    low = config.precision == "bfloat16" or (config.precision == "auto" and world.device.type == "cuda")
+    return torch.bfloat16 if low else torch.float32
+
+
+def computing_in(config: TrainConfig, world: World) -> torch.autocast:
+    """Matrix products in the run's precision."""
+    dtype = precision(config, world)
+    return torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def gathered(model: Hope) -> Iterator[None]:
+    """Within, every process has all weights."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for handle in [part.unshard(async_op=True) for part in parts]:
+        handle.wait()
+    yield
+    for part in parts:
+        part.reshard()
+
+
+def sum_gradients(model: Hope, config: TrainConfig, world: World) -> None:
+    """Add up over processes what the step's backward passes have accumulated in each, once a step."""
+    if isinstance(model, FSDPModule):
+        # FSDP adds gradients up at the end of a backward pass. One over no tokens adds nothing of its own.
+        model.set_requires_gradient_sync(True)
+        with computing_in(config, world):
+            nothing = model(torch.zeros(1, 0, dtype=torch.long, device=world.device))[0]
+        nothing.sum().backward()
+        model.set_requires_gradient_sync(False)
+    elif world.size > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        for bucket in buckets(grads, 2**24):
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(part.view_as(g))
+
+
+def compile_mlps(model: Hope) -> None:
+    """Fuse what surrounds the matrix products of the MLPs; the memories' chunk loop has kernels of its own."""
+    torch._functorch.config.donated_buffer = False  # a segment's graph serves two backward passes
+    for module in model.modules():
+        if isinstance(module, hope.MLP):
+            module.compile()
+
+
+def buckets(tensors: list[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Neighbours together, of `most` numbers or a little more."""
+    bucket, count = [], 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        count += tensor.numel()
+        if count >= most:
+            yield bucket
+            bucket, count = [], 0
+    if bucket:
+        yield bucket
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
 
 
 # Learning rate of the matrices in parts of --lr. Those of the last four were the best of tests/bench/optimizers.py.
@@ -1111,14 +1431,58 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * left)
 
 
-def validate(model: Hope, corpus: Corpus, device: torch.device) -> float:
+def validate(model: Hope, corpus: Corpus, world: World) -> float:
     """Mean loss in nats per token over held-out windows, each observed from the start state, CMS writes included."""
-    x, y = corpus.validation()
+    rows = [z[world.share(len(z))].to(world.device) for z in corpus.validation()]
     with torch.no_grad():
         losses = [
-            model.observe(xs.to(device), ys.to(device), reduction="none")[0] for xs, ys in zip(x.split(20), y.split(20))
+            model.observe(x, y, reduction="none")[0].double().sum().item()
+            for x, y in zip(*(z.split(20) for z in rows))
+            if len(x)
         ]
-    return torch.cat(losses).double().sum().item() / (y != -100).sum().item()
+    total, count = world.sum(sum(losses), (rows[1] != -100).sum().item())
+    return total / count
+
+
+def find_gradients(model: Hope, x: Tensor, y: Tensor, config: TrainConfig, world: World) -> float:
+    """Gradients of the mean loss per scored token of the global batch, of which x, y are this process's rows.
+
+    Returns this process's part of that loss. States live for one call of `observe`: no sequence sees another's.
+    """
+    [scored] = world.sum((y != -100).sum().item())
+    average = world.size if isinstance(model, FSDPModule) else 1  # FSDP divides what it adds up by this
+    total = torch.zeros((), device=x.device)
+    with gathered(model):
+        for xs, ys in zip(*(z.split(config.micro_batch or len(z)) for z in (x, y))):
+            with computing_in(config, world):
+                losses, _ = model.observe(xs, ys, reduction="none")
+            loss = losses.sum() / max(1, scored)
+            (loss * average).backward()
+            total += loss.detach()
+        sum_gradients(model, config, world)
+    return total.item()
+
+
+def clip_gradients(model: Hope, most: float) -> float:
+    """Scale gradients down to a norm of `most`; returns the norm that they had."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most, error_if_nonfinite=False)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def make_states(model: Hope, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Make the optimizers' states, to be filled by a checkpoint; else they begin with the first step."""
+    for optimizer in optimizers:
+        get_optimizer_state_dict(model, optimizer)
+
+
+def tensors_of(model: Hope, optimizers: Sequence[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
+    """What a checkpoint holds, by name: weights and optimizer states, as they stand."""
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p.detach() for p, name in names.items()}
+    for kind, optimizer in ((type(o).__name__, o) for o in optimizers):
+        for p, state in optimizer.state.items():
+            tensors |= {f"{kind}.{names[p]}.{key}": v if v.ndim else v.view(1) for key, v in state.items()}
+    return tensors
 
 
 # Dense bfloat16 peaks in 10^12 operations a second, by a part of the name that torch gives the GPU.
@@ -1159,15 +1523,19 @@ def memory_numbers(model: Hope, x: Tensor, y: Tensor) -> dict[str, list]:
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag, so that a step is finished and saved; a second one stops at once."""
+    """Turns Ctrl-C and SIGTERM into a flag, so that a step is finished and saved; a second one stops at once.
+
+    Under torchrun it does not, but torchrun itself kills what is left after 30 seconds.
+    """
 
     def __enter__(self) -> Interrupt:
         self.hit = False
+        self.launched = "RANK" in os.environ  # torchrun passes a Ctrl-C on that the process gets by itself as well
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.hit:
+        if self.hit and not self.launched:
             raise KeyboardInterrupt
         self.hit = True
 
@@ -1179,12 +1547,14 @@ class Interrupt:
 class Progress:
     """A progress bar on a terminal; elsewhere a line at every validation."""
 
-    def __init__(self, start: int, stop: int):
+    def __init__(self, start: int, stop: int, rank: int):
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=stop, initial=start, disable=None, bar_format=form, leave=True)
+        self.bar = tqdm(total=stop, initial=start, disable=True if rank else None, bar_format=form, leave=True)
 
     def show(self, row: dict, bits: float) -> None:
-        text = f"loss {row['loss'] * bits:.2f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
+        if "skipped" in row:
+            self.bar.write(f"step {row['step']:>5}: skipped, {row['skipped']}")
+        text = f"loss {(row['loss'] or math.nan) * bits:.2f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
         if "val_bpb" in row:
             self.bar.write(f"step {row['step']:>5}: {text}, validation {row['val_bpb']:.3f} bits/byte")
         self.bar.set_postfix_str(text, refresh=False)
@@ -1197,84 +1567,169 @@ class Progress:
         self.bar.close()
 
 
+def resume(run: Run, config: dict, model: Hope, optimizers: list, world: World) -> dict:
+    """Load the newest checkpoint that can be loaded, if there is any; returns its state, or that of a run's start."""
+    say = print if world.rank == 0 else lambda text: None
+    state = {"step": 0, "config": config, "best_val_loss": None, "skips": 0, "skips_in_a_row": 0, "mean_loss": None}
+    bad: list[Path] = []
+    if saved := world.first(run.saved):
+        make_states(model, optimizers)
+        tensors = tensors_of(model, optimizers) | {"rng": torch.get_rng_state()}
+        for path in reversed(saved):
+            try:
+                state = run.load(path, config, tensors, world)
+                break
+            except UserError as e:
+                bad.append(path)
+                if path == saved[0]:
+                    raise
+                say(f"{e}: done, it is set aside")
+        torch.set_rng_state(tensors["rng"])
+        say(f"{run.path}: going on after step {state['step']}")
+
+    def clean() -> None:
+        for path in bad:
+            path.rename(path.with_name(f"damaged-{path.name}"))
+        if lost := run.forget_after(state["step"]):
+            say(f"{lost} steps that were taken after that checkpoint are taken again")
+
+    world.first(clean)
+    return state
+
+
 def train(config: TrainConfig, model_config: HopeConfig) -> int:
     """Train, or go on training, in `config.run_dir`. Returns the process's exit code."""
+    world, run = World(config), Run(config.run_dir)
+    try:
+        code = train_in(run, world, config, model_config)
+        world.close()
+        return code
+    finally:
+        run.close()
+
+
+def train_in(run: Run, world: World, config: TrainConfig, model_config: HopeConfig) -> int:
     torch.set_flush_denormal(True)  # states that decay to nothing would slow a CPU down fivefold
-    device = pick_device(config.device)
-    corpus = Corpus.open(config)
+    say = print if world.rank == 0 else lambda *text: None
+    # Unprepared data is prepared by the first process to lock it, and the others wait.
+    corpus = world.together(lambda: Corpus.open(config))
     model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
-    run = Run(config.run_dir)
-    run.open(config, model_config, corpus.sha256)
-    corpus.tokenizer.save(run.path)
+    stored = to_json(config, model_config, corpus.sha256)
+
+    def begin() -> None:
+        run.open(stored)
+        corpus.tokenizer.save(run.path)
+
+    world.first(begin)
     torch.manual_seed(config.seed)
-    model = Hope(model_config).to(device)
+    model = Hope(model_config).to(world.device)
+    model.recompute = config.recompute
+    distribute(model, config, world)
+    if config.compile:
+        compile_mlps(model)
     optimizers, averages = make_optimizers(model, config), make_average(model, config)
-    start = 0
-    if run.saved():
-        start = run.load(run.saved()[-1], model, optimizers + averages)
-        print(f"{run.path}: going on after step {start}" if start < config.steps else f"{run.path}: finished already")
-    run.forget_after(start)
+    state = resume(run, stored, model, optimizers + averages, world)
+    start = state["step"]
+    if start == config.steps:
+        say(f"{run.path}: finished already")
     size = sum(p.numel() for p in model.parameters())
     title = f"{config.arch}, size {config.size}, {size:,} parameters"
-    print(f"\n{title}")
-    print(
+    on = f"{world.size} x {world.device.type}" if world.size > 1 else world.device
+    say(f"\n{title}")
+    say(
         f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out ({corpus.source}), "
-        f"{corpus.tokenizer.vocab_size:,} kinds of tokens, {1 / corpus.tokens_per_byte:.2f} bytes each, on {device}\n"
+        f"{corpus.tokenizer.vocab_size:,} kinds of tokens, {1 / corpus.tokens_per_byte:.2f} bytes each, on {on}\n"
     )
-    print(f"{hope.levels(model, optimizers)}\n")
+    say(f"{hope.levels(model, optimizers)}\n")
 
     bits = corpus.tokens_per_byte / math.log(2)  # of nats per token, in bits per byte
-    peak, inner = peak_flops(config, device), size - model.embed.weight.numel()
-    run.track = make_tracker(config, start)
-    step, seen, clock = start, 0, time.perf_counter()
-    with Interrupt() as interrupt, Progress(start, config.steps) as progress:
+    peak, inner = peak_flops(config, world.device), size - model.embed.weight.numel()
+    if world.rank == 0:
+        run.track = make_tracker(config, start)
+    step, clock = start, time.perf_counter()
+    with Interrupt() as interrupt, Progress(start, config.steps, world.rank) as progress:
         while step < config.steps:
             lr = learning_rate(step, config)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("lr_scale", 1.0)
                 optimizer.zero_grad()
-            x, y = corpus.batch(step, range(config.batch_size))
-            loss, _ = model.observe(x.to(device), y.to(device), backward=True)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip, error_if_nonfinite=False)
-            if not math.isfinite(norm.item()) or not math.isfinite(loss.item()):
-                raise UserError(
-                    f"loss {loss.item():.3g}, gradient norm {norm.item():.3g} at step {step + 1}: training diverged; "
-                    f"try a smaller --lr than {config.lr:g}"
-                )
-            for optimizer in optimizers + averages:
-                optimizer.step()
-            step, seen = step + 1, seen + x.numel()
-            speed = seen / (time.perf_counter() - clock)
+            x, y = corpus.batch(step, world.share(config.batch_size))
+            loss = find_gradients(model, x.to(world.device), y.to(world.device), config, world)
+            norm = clip_gradients(model, config.grad_clip)
+            loss, stop = world.sum(loss, interrupt.hit)
+            skipped = refused(loss, norm, state, config)
+            if not skipped:
+                for optimizer in optimizers + averages:
+                    optimizer.step()
+            step += 1
+            state["step"] = step
+            tokens = config.batch_size * config.seq_len
+            speed = (step - start) * tokens / (time.perf_counter() - clock)
             row = {
-                "step": step, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(),
-                "tokens": step * x.numel(), "tokens_per_s": round(speed, 1),
+                "step": step, "loss": loss, "lr": lr, "grad_norm": norm,
+                "tokens": step * tokens, "tokens_per_s": round(speed, 1),
             }  # fmt: skip
             if peak:
-                row["utilisation"] = 6 * inner * speed / peak
+                row["utilisation"] = 6 * inner * speed / peak / world.size
+            if skipped:
+                row |= {"skipped": skipped, "loss": finite(loss), "grad_norm": finite(norm)}
+            if state["skips_in_a_row"] >= config.max_skips:
+                if world.rank == 0:
+                    run.append(row)
+                run.wait(world)
+                raise UserError(
+                    f"{skipped} at step {step}: training diverged, {config.max_skips} steps in a row were skipped; "
+                    f"the batch is that of step {step} and seed {config.seed}, the last good checkpoint "
+                    f"{run.saved()[-1] if run.saved() else 'none'}; try a smaller --lr than {config.lr:g}"
+                )
             if step % config.eval_every == 0 or step == config.steps:
-                with averaged(averages):
-                    row["val_loss"] = validate(model, corpus, device)
-                    row |= memory_numbers(model, *(z[:4].to(device) for z in corpus.validation()))
-                row["val_bpb"] = row["val_loss"] * bits
-            run.append(row)
-            stop = step == config.steps or interrupt.hit
+                with averaged(averages), gathered(model), computing_in(config, world):
+                    row["val_loss"] = validate(model, corpus, world)
+                    row["val_bpb"] = row["val_loss"] * bits
+                    row |= memory_numbers(model, *(z[:4].to(world.device) for z in corpus.validation()))
+                state["best_val_loss"] = min(row["val_loss"], state["best_val_loss"] or math.inf)
+            stop = stop or step == config.steps
+            if world.rank == 0:
+                run.append(row)
+                progress.show(row, bits)
             if step % config.save_every == 0 or stop:
-                run.save(step, model, optimizers + averages, config.keep)
-            if "val_loss" in row or stop:
+                tensors = tensors_of(model, optimizers + averages) | {"rng": torch.get_rng_state()}
+                run.save(state, tensors, config.keep, world)
+            if world.rank == 0 and ("val_loss" in row or stop):
                 run.plot(title, bits)
-            progress.show(row, bits)
             if stop:
                 break
+        run.wait(world)
     if step < config.steps:
-        print(f"\nStopped and saved after step {step}. To go on: python train.py --resume {run.path}")
+        say(f"\nStopped and saved after step {step}. To go on: python train.py --resume {run.path}")
         return 130
-    print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
-    print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
-    with averaged(averages):
-        print(sample_text(model, corpus.tokenizer, seed=config.seed, **SAMPLING))
-    print(f'\nMore: python train.py --sample {run.path} --prompt "The "')
+    if world.rank == 0:
+        print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
+        print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
+    with averaged(averages), gathered(model):
+        if world.rank == 0:
+            print(sample_text(model, corpus.tokenizer, seed=config.seed, **SAMPLING))
+    say(f'\nMore: python train.py --sample {run.path} --prompt "The "')
     return 0
+
+
+def finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def refused(loss: float, norm: float, state: dict, config: TrainConfig) -> str:
+    """Why this step is not taken, or nothing; keeps count in `state`, which goes into the checkpoint."""
+    mean, why = state["mean_loss"], ""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        why = f"loss {loss:.3g}, gradient norm {norm:.3g}"
+    elif config.spike and mean is not None and loss > config.spike * mean:
+        why = f"loss {loss:.3g}, over {config.spike:g} times its running mean {mean:.3g}"
+    else:
+        state["mean_loss"] = loss if mean is None else 0.9 * mean + 0.1 * loss
+    state["skips"] += bool(why)
+    state["skips_in_a_row"] = state["skips_in_a_row"] + 1 if why else 0
+    return why
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1305,7 +1760,7 @@ def sample_text(
 
 def sample(args: argparse.Namespace) -> int:
     run = Run(Path(args.sample))
-    config, model_config, _ = from_json(run.path / "config.json")
+    config, model_config, sha256 = from_json(run.path / "config.json")
     if not run.saved():
         raise UserError(f"{run.path} has no checkpoint yet; train first: python train.py --resume {run.path}")
     if not args.prompt:
@@ -1316,9 +1771,12 @@ def sample(args: argparse.Namespace) -> int:
             f"{run.path}/tokenizer.tiktoken is missing or not the run's: it has {tokenizer.vocab_size} tokens, the model "
             f"{model_config.vocab_size}; restore it, or start it anew: python train.py --resume {run.path}"
         )
-    model = Hope(model_config).to(pick_device(args.device or config.device))
+    world = World(replace(config, device=args.device or config.device))
+    model = Hope(model_config).to(world.device)
     averages = make_average(model, config)
-    run.load(run.saved()[-1], model, make_optimizers(model, config) + averages if averages else None)
+    make_states(model, averages)
+    wanted = to_json(config, model_config, sha256), tensors_of(model, averages)
+    run.load(run.saved()[-1], *wanted, world, only=("model.", "EMA."))
     seed = config.seed if args.seed is None else args.seed
     with averaged(averages):
         print(sample_text(model, tokenizer, seed=seed, **{name: getattr(args, name) for name in SAMPLING}))
@@ -1430,12 +1888,21 @@ def main(argv: list[str] | None = None) -> int:
         free = {k: v for k, v in settings.items() if k in Run.FREE}
         return train(TrainConfig(**{**asdict(config), **free, "out": args.resume}), model)
     except (UserError, ValueError) as e:
-        print(f"train.py: error: {e}", file=sys.stderr)
-        return 2
+        message = str(e)
+    except OSError as e:
+        message = f"{e.filename or 'writing'}: {reason(e)}"
     except KeyboardInterrupt:  # outside the steps, where nothing is lost: data that is prepared so far is kept
         print("train.py: stopped; the same command goes on", file=sys.stderr)
         return 130
+    if os.environ.get("RANK", "0") == "0":  # the others found the same
+        print(f"train.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if dist.is_initialized() or "RANK" in os.environ:  # gloo's threads sometimes abort a process that ends as usual
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

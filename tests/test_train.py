@@ -89,8 +89,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(capsys):
     assert f"going on after step {stopped}" in capsys.readouterr().out
     keep = lambda rs: [(r["step"], r["loss"], r["grad_norm"], r.get("val_bpb")) for r in rs]
     assert keep(rows("cut")) == keep(rows("whole"))
-    a, b = (load_file(f"{d}/checkpoints/step-000008/model.safetensors") for d in ("cut", "whole"))
-    assert all(torch.equal(a[k], b[k]) for k in b)
+    a, b = (load_file(next(Path(d, "checkpoints/step-000008").glob("*.safetensors"))) for d in ("cut", "whole"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
 
 
 def test_a_killed_run_loses_only_the_steps_after_its_checkpoint():
@@ -172,7 +172,7 @@ def test_a_run_directory_is_never_overwritten_by_another_run(capsys):
 def test_a_damaged_run_directory_is_named(capsys):
     run("--steps", "1", "--out", "mine")
     capsys.readouterr()
-    weights = Path("mine/checkpoints/step-000001/model.safetensors")
+    weights = next(Path("mine/checkpoints/step-000001").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:100])
     assert "step-000001 cannot be loaded" in error(capsys, "--sample", "mine")
     Path("mine/config.json").write_text('{"train": {}}')
@@ -272,7 +272,7 @@ def test_the_log_holds_what_its_schema_says(capsys):
     assert run("--steps", "3", "--eval-every", "2", "--peak-tflops", "1e-6", "--arch", "samba", "--window", "8", "--n-layer", "2", "--cms", "16,inf") == 0  # fmt: skip
     plain, seen, _ = rows("runs/tiny-samba")
     always = {name for name, meaning in train.LOG.items() if not meaning.startswith("*")}
-    assert set(plain) == always and set(seen) == set(train.LOG)
+    assert set(plain) == always - {"skipped"} and set(seen) == set(train.LOG) - {"skipped"}
     model = hope.Hope(train.from_json(Path("runs/tiny-samba/config.json"))[1])
     n = sum(p.numel() for p in model.parameters()) - model.embed.weight.numel()
     assert plain["utilisation"] == pytest.approx(6 * n * plain["tokens_per_s"] / 1e6, rel=0.01)
@@ -331,9 +331,3 @@ def test_a_tracker_gets_settings_and_rows_or_is_named_as_missing(name, monkeypat
     assert {k: v for k, v in logged[0][1].items() if k != "step"} == {
         k: v for k, v in rows("seen")[0].items() if k != "step"
     }
-
-
-def test_diverging_training_stops_with_a_reason(capsys, monkeypatch):
-    monkeypatch.setattr(hope.Hope, "observe", lambda self, *a, **k: (torch.tensor(float("nan")), None))
-    assert run("--steps", "3") == 2
-    assert "training diverged; try a smaller --lr" in capsys.readouterr().err
