@@ -43,6 +43,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import safetensors.numpy
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -54,6 +55,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -119,6 +121,7 @@ class TrainConfig:
     ema: float = setting(
         0.0, "decay per step of an average of the weights, with which validation and samples are done; 0 for none"
     )
+    init_from: str = setting("", "a folder that --export made: start with its model's weights, settings and tokenizer")
     overfit_one_batch: bool = setting(False, "read the first batch at every step: the loss must fall to almost nothing")
     eval_every: int = setting(50, "steps between two validations")
     save_every: int = setting(50, "steps between two checkpoints")
@@ -877,9 +880,21 @@ def to_json(train: TrainConfig, model: HopeConfig, sha256: str) -> dict:
     return {"train": plain(asdict(train)), "model": plain(asdict(model)), "data_sha256": sha256}
 
 
+def signed(value: dict) -> str:
+    """As JSON, with a fingerprint that tells when it was altered."""
+    return json.dumps(value | {"sha256": fingerprint(value)}, indent=1) + "\n"
+
+
+def read_signed(path: Path) -> dict:
+    value = json.loads(path.read_text())
+    if value.pop("sha256") != fingerprint(value):
+        raise ValueError("it was altered")
+    return value
+
+
 def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, str]:
     try:
-        stored = json.loads(path.read_text())
+        stored = read_signed(path)
         model = dict(stored["model"])
         memory = dict(model.pop("memory"))
         memory["adaptive"] = tuple(memory["adaptive"])
@@ -979,7 +994,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()  # let go when the process ends, however it does
             if not path.exists():
-                write_atomically(path, json.dumps(config, indent=2) + "\n")
+                write_atomically(path, signed(config))
         except Timeout as e:
             raise UserError(
                 f"another process trains in {self.path}; wait for it, or use another directory (--out DIR)"
@@ -1027,8 +1042,7 @@ class Run:
             parts.result()  # of all processes
             if world.rank == 0:
                 described = {**state, "files": {p.name: file_sha256(p) for p in sorted(beside.iterdir())}}
-                described["sha256"] = fingerprint(described)
-                write_atomically(beside / "state.json", json.dumps(described, indent=1) + "\n")
+                write_atomically(beside / "state.json", signed(described))
                 sync_directory(beside)
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(beside, target)
@@ -1057,10 +1071,9 @@ class Run:
 
     def check(self, path: Path, world: World) -> dict:
         """The state of a checkpoint whose files are all as they were written."""
-        state = json.loads((path / "state.json").read_text())
-        claimed = state.pop("sha256")
-        if fingerprint(state) != claimed:
-            raise ValueError("state.json was altered")
+        state = read_signed(path / "state.json")
+        if path.name != f"step-{state['step']:06d}":
+            raise ValueError(f"it is of step {state['step']}")
         names = sorted(state["files"])
         if found := {p.name for p in path.iterdir()} ^ {*names, "state.json"}:
             raise ValueError(f"{sorted(found)[0]} is {'missing' if found & set(names) else 'not one of its files'}")
@@ -1213,7 +1226,12 @@ class World:
         if self.launched:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            store, rank, size = next(rendezvous("env://"))
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+                # Where torchrun restarts processes, its store still knows the addresses of those that died.
+                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             self.writers = dist.new_group(backend="gloo")
 
     def share(self, n: int) -> range:
@@ -1620,9 +1638,11 @@ def train_in(run: Run, world: World, config: TrainConfig, model_config: HopeConf
         run.open(stored)
         corpus.tokenizer.save(run.path)
 
-    world.first(begin)
     torch.manual_seed(config.seed)
     model = Hope(model_config).to(world.device)
+    if config.init_from:
+        world.together(lambda: init_from(model, corpus.tokenizer, Path(config.init_from)))
+    world.first(begin)
     model.recompute = config.recompute
     distribute(model, config, world)
     if config.compile:
@@ -1758,29 +1778,81 @@ def sample_text(
     return prompt + tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new)
 
 
-def sample(args: argparse.Namespace) -> int:
-    run = Run(Path(args.sample))
-    config, model_config, sha256 = from_json(run.path / "config.json")
+def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer, dict]:
+    """Settings, model (its averaged weights, if it has some) and tokenizer of the run at `path`, and what it is."""
+    run = Run(path)
+    config, model_config, sha256 = from_json(path / "config.json")
     if not run.saved():
-        raise UserError(f"{run.path} has no checkpoint yet; train first: python train.py --resume {run.path}")
-    if not args.prompt:
-        raise UserError('--prompt is empty; give some text to start from, as in --prompt "The "')
-    tokenizer = prepared_tokenizer(run.path, {})
+        raise UserError(f"{path} has no checkpoint yet; train first: python train.py --resume {path}")
+    tokenizer = prepared_tokenizer(path, {})
     if tokenizer.vocab_size != model_config.vocab_size:
         raise UserError(
-            f"{run.path}/tokenizer.tiktoken is missing or not the run's: it has {tokenizer.vocab_size} tokens, the model "
-            f"{model_config.vocab_size}; restore it, or start it anew: python train.py --resume {run.path}"
+            f"{path}/tokenizer.tiktoken is missing or not the run's: it has {tokenizer.vocab_size} tokens, the model "
+            f"{model_config.vocab_size}; restore it, or start it anew: python train.py --resume {path}"
         )
-    world = World(replace(config, device=args.device or config.device))
+    world = World(replace(config, device=device or config.device))
     model = Hope(model_config).to(world.device)
     averages = make_average(model, config)
     make_states(model, averages)
-    wanted = to_json(config, model_config, sha256), tensors_of(model, averages)
-    run.load(run.saved()[-1], *wanted, world, only=("model.", "EMA."))
-    seed = config.seed if args.seed is None else args.seed
+    about = to_json(config, model_config, sha256)
+    state = run.load(run.saved()[-1], about, tensors_of(model, averages), world, only=("model.", "EMA."))
     with averaged(averages):
-        print(sample_text(model, tokenizer, seed=seed, **{name: getattr(args, name) for name in SAMPLING}))
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.load_state_dict(weights)
+    return config, model, tokenizer, about | {"step": state["step"]}
+
+
+def sample(args: argparse.Namespace) -> int:
+    if not args.prompt:
+        raise UserError('--prompt is empty; give some text to start from, as in --prompt "The "')
+    config, model, tokenizer, _ = trained(Path(args.sample), args.device)
+    seed = config.seed if args.seed is None else args.seed
+    print(sample_text(model, tokenizer, seed=seed, **{name: getattr(args, name) for name in SAMPLING}))
     return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write RUN/export: model.safetensors, config.json and, where there is one, the tokenizer; see --init-from."""
+    run = Path(args.export)
+    config, model, tokenizer, about = trained(run, args.device)
+    target, beside = run / "export", run / ".export"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+        write_atomically(beside / "model.safetensors", safetensors.torch.save(weights))
+        tokenizer.save(beside)
+        about |= {"model_sha256": file_sha256(beside / "model.safetensors"), "tokenizer_sha256": tokenizer.sha256}
+        write_atomically(beside / "config.json", signed(about))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(beside, target)
+    except OSError as e:
+        raise UserError(f"{target} cannot be written ({reason(e)}); make room there") from e
+    print(f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters")
+    return 0
+
+
+def init_from(model: Hope, tokenizer: Tokenizer, folder: Path) -> None:
+    """Take over the weights of an export."""
+    try:
+        about = read_signed(folder / "config.json")
+        if file_sha256(folder / "model.safetensors") != about["model_sha256"]:
+            raise ValueError("model.safetensors was altered")
+        if about["tokenizer_sha256"] != tokenizer.sha256:
+            raise ValueError("its tokenizer is another one; take its own, which is the default")
+        stored = safetensors.torch.load_file(folder / "model.safetensors")
+        ours = dict(model.named_parameters())
+        for name in sorted(stored.keys() | ours.keys()):
+            shapes = [tuple(t[name].shape) if name in t else None for t in (stored, ours)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{name} has shape {shapes[0]} there and {shapes[1]} here")
+    except Exception as e:  # whatever a damaged file leads its reader to
+        raise UserError(
+            f"--init-from {folder}: it cannot be used ({reason(e)}); give a folder that --export made"
+        ) from e
+    with torch.no_grad():
+        for name, p in ours.items():
+            p.copy_(stored[name])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1843,6 +1915,9 @@ def make_parser() -> argparse.ArgumentParser:
     act.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with the settings it was started with")
     act.add_argument("--prepare", action="store_true", help="prepare the data for such a run, and stop")
     act.add_argument("--sample", metavar="DIR", help="print a sample from the newest checkpoint of the run in DIR")
+    act.add_argument(
+        "--export", metavar="DIR", help="write the weights of the run in DIR to DIR/export, as safetensors"
+    )
     act.add_argument("--prompt", metavar="TEXT", help="what the sample starts with (default: '%(default)s')")
     act.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the sample (default: %(default)s)")
     act.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest (default: %(default)s)")
@@ -1866,9 +1941,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.sample:
             return sample(args)
+        if args.export:
+            return export(args)
         settings = given(args, TrainConfig)
         model_settings = {**given(args, HopeConfig), **given(args, MemoryConfig)}
         if not args.resume:
+            started = settings.get("init_from")
+            if started:
+                old, base, _ = from_json(Path(started) / "config.json")
+                own = Path(started) / "tokenizer.tiktoken"
+                settings = {
+                    "size": old.size,
+                    "arch": old.arch,
+                    "tokenizer": str(own) if own.exists() else "bytes",
+                } | settings
             config = TrainConfig(**settings)
             if args.prepare:
                 corpus = Corpus.open(config)
@@ -1876,6 +1962,9 @@ def main(argv: list[str] | None = None) -> int:
                     f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out: {corpus.source}"
                 )
                 return 0
+            if started:
+                inner = {name: model_settings.pop(name) for name in given(args, MemoryConfig)}
+                return train(config, replace(base, memory=replace(base.memory, **inner), **model_settings))
             return train(config, HopeConfig.preset(config.size, config.arch, **model_settings))
         config, model, _ = from_json(Path(args.resume) / "config.json")
         stored = {**asdict(config), **asdict(model), **asdict(model.memory)}

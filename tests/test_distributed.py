@@ -98,7 +98,7 @@ def runs(tmp_path_factory):
             make(arch, arch, alone)
         make("one", "hope", alone)
         lose_the_end("one")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", __file__]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
         done = subprocess.run(torchrun, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
