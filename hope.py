@@ -325,6 +325,7 @@ class AttentionState:
     k: Tensor  # (b, h, s, e), those that are still seen
     v: Tensor
     first: Tensor  # (b,) index of a sequence's first key; those before it were forgotten by a reset
+    cut: bool = False  # whether there was a reset
 
 
 @dataclass
@@ -700,14 +701,14 @@ class Attention(Memory):
         now = key[k.shape[2] - q.shape[2] :, None]
         seen = (key <= now) & (key > now - c.window) if c.window else key <= now
         plain = q.shape[2] == k.shape[2] and not c.window
-        if state.first.any():
+        if state.cut:
             plain, seen = False, seen & (key >= state.first[:, None, None, None])
         mask, gqa, first = None if plain else seen, self.n_kv != c.n_head, state.first
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=1.0, enable_gqa=gqa)
         if c.window:
             first = (first - max(0, k.shape[2] - c.window)).clamp(min=0)
             k, v = k[:, :, -c.window :], v[:, :, -c.window :]
-        return self._out(y), AttentionState(state.t + x.shape[1], tail, k, v, first)
+        return self._out(y), AttentionState(state.t + x.shape[1], tail, k, v, first, state.cut)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -899,6 +900,7 @@ class Hope(nn.Module):
         for old, new in zip(state.memories, fresh.memories):
             if isinstance(old, AttentionState):  # keys are as many as before, only out of these sequences' sight
                 new = replace(new, k=old.k[rows], v=old.v[rows], first=torch.full_like(new.first, old.k.shape[2]))
+                old = replace(old, cut=True)
             memories.append(map_state(put, old, new))
         return replace(state, memories=memories, cms=map_state(put, state.cms, fresh.cms))
 
@@ -997,7 +999,8 @@ class Hope(nn.Module):
             n = min([tokens.shape[1] - s, *(c - state.observed % c for c in self.config.clocks)])
             loss, state = self._observe_piece(tokens[:, s : s + n], targets[:, s : s + n], state, levels, surprise)
             if truncate:
-                (loss.sum() / (scored if reduction == "mean" else 1)).backward()
+                with torch.autocast(tokens.device.type, enabled=False):
+                    (loss.sum() / (scored if reduction == "mean" else 1)).backward()
                 loss, state = loss.detach(), self._restart_graph(state)
             losses.append(loss)
             s += n

@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,12 +52,16 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import hope
@@ -144,6 +149,11 @@ class TrainConfig:
     nodes: int = setting(1, "machines; with fsdp every machine holds the whole model, in parts (HSDP)")
     micro_batch: int = setting(0, "sequences that a process takes at once, the rest of its share follows; 0 for all")
     recompute: bool = setting(False, "recompute every block in the backward pass: less memory, about a third more time")
+    truncate: bool = setting(
+        False,
+        "go back through each segment of the CMS by itself: memory does not grow with --seq-len, but nothing learns from what a "
+        "write does for later segments",
+    )
     compile: bool = setting(False, "compile the MLPs with torch.compile")
     max_skips: int = setting(
         10, "a step whose loss or gradient is not finite is skipped; after so many in a row the run stops"
@@ -1020,6 +1030,7 @@ class Run:
         It is written beside and renamed at the end: a reader sees all of it or none. `wait` tells whether it worked.
         """
         self.wait(world)
+        state = dict(state)  # of this step, while training goes on
         target, beside = (self.checkpoints / f"{dot}step-{state['step']:06d}" for dot in ("", "."))
 
         def prepare() -> None:
@@ -1473,11 +1484,17 @@ def find_gradients(model: Hope, x: Tensor, y: Tensor, config: TrainConfig, world
     with gathered(model):
         for xs, ys in zip(*(z.split(config.micro_batch or len(z)) for z in (x, y))):
             with computing_in(config, world):
-                losses, _ = model.observe(xs, ys, reduction="none")
+                how = {"backward": True, "truncate": True} if config.truncate else {}
+                losses, _ = model.observe(xs, ys, reduction="none", **how)
             loss = losses.sum() / max(1, scored)
-            (loss * average).backward()
+            if not config.truncate:
+                (loss * average).backward()
             total += loss.detach()
         sum_gradients(model, config, world)
+    if config.truncate:  # the sum's gradients: the mean's are so much smaller
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(average / max(1, scored))
     return total.item()
 
 
@@ -1753,6 +1770,159 @@ def refused(loss: float, norm: float, state: dict, config: TrainConfig) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Plan
+
+
+# What --plan assumes unless flags say otherwise. A100 and H100: dense bfloat16 and memory as their makers state them.
+PLAN = {"gpus": 1, "tokens": 0.0, "utilisation": 0.3}
+GPUS = {"A100": (312e12, 80e9), "H100": (989e12, 80e9)}
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make while they live, their peak, and arithmetic operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.flops = 0
+        self.known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        elif "attention_for_cpu" in func.name():  # which the registry lacks
+            q, k = (args[i + ("backward" in func.name())] for i in (0, 1))
+            self.flops += (10 if "backward" in func.name() else 4) * q.numel() * k.shape[-2]
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            key, size = id(storage), storage.nbytes()
+            if key not in self.known:
+
+                def gone(_: Any, key: int = key, size: int = size) -> None:
+                    del self.known[key]
+                    self.now -= size
+
+                self.known[key] = weakref.ref(storage, gone)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
+
+
+def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, dtype: torch.dtype) -> Tensor:
+    """One micro-batch of (rows, t) tokens, forward and backward, with tensors that have shapes but no numbers.
+
+    Returns peak bytes beyond the weights, gradients included; bytes of the states at the end; operations (a multiply and
+    an add count as two; matrix products and attention are counted, what is recomputed as often as it is computed).
+    """
+    with FakeTensorMode():
+        model = Hope(model_config)
+        model.recompute = config.recompute
+        tokens = torch.zeros(rows, t, dtype=torch.long)
+        with Meter() as meter:
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                how = {"backward": True, "truncate": True} if config.truncate else {}
+                losses, state = model.observe(tokens, tokens, reduction="none", **how)
+            if not config.truncate:
+                losses.sum().backward()
+        size = []
+        hope.map_state(lambda z: size.append(z.numel() * z.element_size()) or z, state)
+    return torch.tensor([meter.peak, sum(size), meter.flops], dtype=torch.float64)
+
+
+def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: torch.dtype) -> list[float]:
+    """`rehearse` for the whole model and sequence; where that is much work, extended from shorter and thinner ones.
+
+    All three numbers are linear in layers and, but for attention, in segments of the CMS, where they are quadratic.
+    """
+    c, t = model_config, config.seq_len
+    unit = min(c.clocks, default=t)
+    if unit >= t or t / unit * c.n_layer <= 16:
+        return rehearse(c, config, rows, t, dtype).tolist()
+    thin = lambda layers, segments: rehearse(replace(c, n_layer=layers), config, rows, segments * unit, dtype)
+
+    def long(layers: int) -> Tensor:
+        few = [thin(layers, s) for s in (2, 3, 4)]
+        bend = (few[2] - 2 * few[1] + few[0]) / 2
+        slope = few[2] - few[1] - 7 * bend
+        start = few[0] - 2 * slope - 4 * bend
+        n = t / unit
+        return start + slope * n + bend * n * n
+
+    p = len(c.pattern)
+    one, two = long(p), long(2 * p)
+    return (one + (two - one) / p * (c.n_layer - p)).tolist()
+
+
+def buffers(config: TrainConfig) -> tuple[float, float]:
+    """Bytes that the optimizers keep for a byte of the matrices and of the other weights, seen on a small model."""
+    model = Hope(HopeConfig.preset(arch=config.arch, d_model=32, n_head=2, n_layer=1, cms_hidden=2.0))
+    optimizers = make_optimizers(model, config) + make_average(model, config)
+    model.observe(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), backward=True)
+    for optimizer in optimizers:
+        optimizer.step()
+    matrices, found = set(hope.param_groups(model)["matrix"]), [0, 0]
+    for p, state in (item for optimizer in optimizers for item in optimizer.state.items()):
+        found[p not in matrices] += sum(v.numel() for v in state.values())
+    return tuple(
+        n / sum(p.numel() for p in model.parameters() if (p in matrices) is inner)
+        for n, inner in zip(found, (True, False))
+    )
+
+
+def plan(config: TrainConfig, model_config: HopeConfig, assumed: dict[str, float]) -> int:
+    """Print what a run takes: memory of a GPU by part, operations, days. Allocates no model."""
+    gpus = int(assumed["gpus"])
+    if gpus < 1 or config.batch_size % gpus or gpus % config.nodes:
+        raise UserError(
+            f"{gpus} GPUs on {config.nodes} nodes cannot share {config.batch_size} sequences a step evenly; change --gpus, --nodes or --batch-size"
+        )
+    if not 0 < assumed["utilisation"] <= 1:
+        raise UserError(f"--utilisation is {assumed['utilisation']}; give a part of the GPUs' peak, above 0, up to 1")
+    with torch.device("meta"):
+        model = Hope(model_config)
+    size = sum(p.numel() for p in model.parameters())
+    matrix = sum(p.numel() for p in hope.param_groups(model)["matrix"])
+    dtype = torch.float32 if config.precision == "float32" else torch.bfloat16
+    share = config.batch_size // gpus
+    rows = min(share, config.micro_batch or share)
+    peak, state, flops = forecast(model_config, config, rows, dtype)
+    flops /= rows * config.seq_len
+    kept = buffers(config)
+    optimizer = 4 * (kept[0] * matrix + kept[1] * (size - matrix))
+    step = config.batch_size * config.seq_len
+    print(
+        f"{config.arch}, size {config.size}: {size:,} parameters, of which {model.embed.weight.numel():,} embed tokens"
+    )
+    print(
+        f"a step: {config.batch_size} sequences of {config.seq_len} tokens on {gpus} GPUs, {rows} of a GPU's {share} at once, {dtype}\n"
+    )
+    per_node, low = gpus // config.nodes, 2 if dtype == torch.bfloat16 else 4
+    table = {"ddp": (4 * size, 4 * size, optimizer)}
+    if gpus > 1:
+        whole = low * matrix + 4 * (size - matrix)  # gathered for the step
+        table["fsdp"] = (4 * size / per_node + whole, 4 * size * (1 + 1 / per_node), optimizer / per_node)
+    print(
+        f"{'GB per GPU':<12}"
+        + "".join(f"{k:>12}" for k in ("parameters", "gradients", "optimizer", "states", "activations", "peak"))
+    )
+    for name, (weights, gradients, buffer) in table.items():
+        # Gradients come as activations go, so the rehearsed peak is less than their sum; from the second micro-batch on,
+        # all gradients are there from the start.
+        most = max(peak, gradients) if share <= rows else gradients + max(0.0, peak - 4 * size) + state
+        parts = (weights, gradients, buffer, state, max(0.0, peak - state - 4 * size), weights + buffer + most)
+        print(f"{name:<12}" + "".join(f"{x / 1e9:>12.3f}" for x in parts))
+    tokens = assumed["tokens"] or config.steps * step
+    print(
+        f"\n{flops:.3g} operations a token, {flops / 6 / size:.2f} x 6 per parameter; {tokens:.3g} tokens are {tokens / step:,.0f} steps"
+    )
+    for name, (rate, _) in GPUS.items():
+        speed = gpus * rate * assumed["utilisation"] / flops
+        print(
+            f"{gpus} x {name} at {assumed['utilisation']:.0%} of {rate / 1e12:.0f} TFLOP/s: {speed:,.0f} tokens/s, {tokens / speed / 86400:.3g} days"
+        )
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -1918,12 +2088,18 @@ def make_parser() -> argparse.ArgumentParser:
     act.add_argument(
         "--export", metavar="DIR", help="write the weights of the run in DIR to DIR/export, as safetensors"
     )
+    act.add_argument(
+        "--plan", action="store_true", help="print memory, operations and days that a run takes; starts none"
+    )
+    act.add_argument("--gpus", type=int, metavar="N", help="plan: how many GPUs (default: %(default)s)")
+    act.add_argument("--tokens", type=float, metavar="X", help="plan: tokens to train on; default: those of --steps")
+    act.add_argument("--utilisation", type=float, metavar="X", help="plan: part of the GPUs' peak that is reached (default: %(default)s, an assumption)")  # fmt: skip
     act.add_argument("--prompt", metavar="TEXT", help="what the sample starts with (default: '%(default)s')")
     act.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the sample (default: %(default)s)")
     act.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest (default: %(default)s)")
     act.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens only")
     act.add_argument("--top-p", type=float, metavar="X", help="sample among the likeliest tokens that have X of the probability (default: %(default)s)")  # fmt: skip
-    parser.set_defaults(**SAMPLING)
+    parser.set_defaults(**SAMPLING, **PLAN)
     add_fields(parser, "training", TrainConfig)
     add_fields(parser, "model (defaults are those of --arch hope)", HopeConfig, skip=("memory", "vocab_size"))
     add_fields(parser, "memory, the sequence layer (defaults are those of --arch hope)", MemoryConfig)
@@ -1965,7 +2141,10 @@ def main(argv: list[str] | None = None) -> int:
             if started:
                 inner = {name: model_settings.pop(name) for name in given(args, MemoryConfig)}
                 return train(config, replace(base, memory=replace(base.memory, **inner), **model_settings))
-            return train(config, HopeConfig.preset(config.size, config.arch, **model_settings))
+            model = HopeConfig.preset(config.size, config.arch, **model_settings)
+            return (
+                plan(config, model, {name: getattr(args, name) for name in PLAN}) if args.plan else train(config, model)
+            )
         config, model, _ = from_json(Path(args.resume) / "config.json")
         stored = {**asdict(config), **asdict(model), **asdict(model.memory)}
         for name, value in {**settings, **model_settings}.items():

@@ -6,6 +6,7 @@ made by one process, and the tests compare.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,17 +26,36 @@ MODELS = {
     "hope-attention": hope.HopeConfig.preset("tiny", "hope-attention", **WRITES),
     "transformer++": hope.HopeConfig.preset("tiny", "transformer++", **SMALL),
 }
-# name of a run: architecture, and what differs from the setting in which one process makes the run
+# Runs of one process: architecture and settings.
+ALONE = {
+    "hope": ("hope", {}),
+    "hope-truncated": ("hope", dict(truncate=True)),
+    "hope-m3": ("hope", dict(optimizer="m3", lr=2e-3)),
+    "hope-muon": ("hope", dict(optimizer="muon", steps=5)),
+    "hope-attention": ("hope-attention", {}),
+    "transformer++": ("transformer++", {}),
+}
+# Runs of two: which of those they must equal, and what differs.
 RUNS = {
     "hope-ddp": ("hope", dict(parallel="ddp", micro_batch=1)),
-    "hope-fsdp": ("hope", dict(parallel="fsdp", recompute=True, micro_batch=1)),
+    "hope-fsdp": ("hope", dict(parallel="fsdp", recompute=True)),
     "hope-hsdp": ("hope", dict(parallel="fsdp", nodes=2)),
+    "hope-truncated-fsdp": ("hope-truncated", dict(parallel="fsdp", micro_batch=1)),
+    "hope-m3-fsdp": ("hope-m3", dict(parallel="fsdp")),
+    "hope-muon-fsdp": ("hope-muon", dict(parallel="fsdp")),
     "hope-attention-fsdp": ("hope-attention", dict(parallel="fsdp")),
-    "transformer++-ddp": ("transformer++", dict(parallel="ddp")),
-    "transformer++-fsdp": ("transformer++", dict(parallel="fsdp", micro_batch=1)),
+    "transformer++-fsdp": ("transformer++", dict(parallel="fsdp")),
 }
 CONFIG = train.TrainConfig(
-    data="text.txt", steps=20, batch_size=4, seq_len=64, optimizer="adamw", eval_every=10, save_every=10, warmup=0.0
+    data="text.txt",
+    steps=20,
+    batch_size=4,
+    seq_len=48,
+    optimizer="adamw",
+    eval_every=10,
+    save_every=10,
+    warmup=0.0,
+    ema=0.5,
 )
 
 
@@ -73,8 +93,9 @@ def main() -> None:
     train.SAMPLING["max_new_tokens"] = 1
     train.Corpus = Gappy
     world = train.World(CONFIG)
-    for name, (arch, settings) in RUNS.items():
-        save_file(whole(make(name, arch, world, **settings)), f"{name}.{world.rank}")
+    for name, (alone, settings) in RUNS.items():
+        arch, same = ALONE[alone]
+        save_file(whole(make(name, arch, world, **same, **settings)), f"{name}.{world.rank}")
     # What one process has begun, two go on with.
     save_file(whole(make("one", "hope", world, parallel="fsdp")), f"one.{world.rank}")
     world.close()
@@ -84,7 +105,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The directory in which all runs were made, by two processes and by one ("hope", ..., the names in MODELS)."""
+    """The directory in which all runs were made, by one process (ALONE) and by two (RUNS)."""
     here, path = os.getcwd(), tmp_path_factory.mktemp("runs")
     os.chdir(path)
     corpus, train.Corpus = train.Corpus, Gappy
@@ -94,8 +115,8 @@ def runs(tmp_path_factory):
         words = "the memory reads what the memory wrote and forgets the rest of it".split()
         Path("text.txt").write_text(" ".join(words[i] for i in torch.randint(len(words), (1500,), generator=g)))
         alone = train.World(CONFIG)
-        for arch in MODELS:
-            make(arch, arch, alone)
+        for name, (arch, settings) in ALONE.items():
+            make(name, arch, alone, **settings)
         make("one", "hope", alone)
         lose_the_end("one")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
@@ -119,16 +140,17 @@ def rows(run: str) -> list[dict]:
 
 
 def assert_same_run(a: str, b: str) -> None:
+    # torch's Muon orthogonalises in bfloat16, which turns differences in the last bit of float32 into larger ones.
+    within = 2e-3 if "muon" in b else 1e-5
     for x, y in zip(rows(a), rows(b), strict=True):
-        assert x["loss"] == pytest.approx(y["loss"], abs=1e-5), x["step"]
-        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
-        assert x.get("val_loss") == pytest.approx(y.get("val_loss"), abs=1e-5)
+        assert x["loss"] == pytest.approx(y["loss"], abs=within), x["step"]
+        assert x.get("val_loss") == pytest.approx(y.get("val_loss"), abs=within)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(runs, name):
     assert_same_run(name, RUNS[name][0])
-    assert rows(name)[-1]["loss"] < 0.8 * rows(name)[0]["loss"]  # and it learns
+    assert rows(name)[-1]["loss"] < 0.9 * rows(name)[0]["loss"]  # and it learns
 
 
 @pytest.mark.parametrize("name", [*RUNS, "one"])
@@ -169,6 +191,79 @@ def test_a_checkpoint_of_two_processes_holds_what_they_trained(runs):
         )
         trained = load_file(f"{name}.0")
         assert all(torch.equal(p, trained[k]) for k, p in model.named_parameters())
+
+
+def peak_bytes(config: train.TrainConfig, model_config: hope.HopeConfig) -> float:
+    """What torch's allocator has given out at most in a step, weights and optimizer included."""
+    torch.manual_seed(0)
+    world, model = train.World(config), hope.Hope(model_config)
+    optimizers = train.make_optimizers(model, config)
+    x = torch.randint(model_config.vocab_size, (config.batch_size, config.seq_len))
+    for i in range(2):
+        with torch.profiler.profile(profile_memory=True) as seen:
+            train.find_gradients(model, x, x, config, world)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        now += change.nbytes()
+        peak = max(peak, now)
+    kept = [v for optimizer in optimizers for state in optimizer.state.values() for v in state.values()]
+    return peak + 4 * sum(t.numel() for t in [*model.parameters(), *kept])
+
+
+def planned(capsys, *args: str) -> dict[str, list[float]]:
+    """The rows of --plan's table: bytes of parameters, gradients, optimizer, states, activations, and the peak."""
+    assert train.main(["--plan", *args]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    return {line[0]: [1e9 * float(x) for x in line[1:]] for line in lines if line and line[0] in ("ddp", "fsdp")}
+
+
+@pytest.mark.parametrize(
+    "size, settings",
+    [
+        ("tiny", dict(seq_len=128, batch_size=2)),
+        ("tiny", dict(seq_len=256, batch_size=2, arch="transformer++", optimizer="adamw")),
+        ("tiny", dict(seq_len=128, batch_size=2, truncate=True, recompute=True)),
+        pytest.param("60m", dict(seq_len=256, batch_size=2, optimizer="adamw"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_plan_foretells_the_memory_of_a_step(size, settings, capsys):
+    config = train.TrainConfig(size=size, precision="float32", **settings)
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in settings.items()]
+    foretold = planned(capsys, "--size", size, "--precision", "float32", *flags)["ddp"][-1]
+    assert foretold == pytest.approx(peak_bytes(config, hope.HopeConfig.preset(size, config.arch)), rel=0.15)
+
+
+@pytest.mark.parametrize("arch", [pytest.param("hope", marks=pytest.mark.slow), "hope-attention"])
+def test_the_plan_of_a_long_stream_is_extended_from_short_ones(arch):
+    config, dtype = train.TrainConfig(seq_len=384), torch.float32
+    model = hope.HopeConfig.preset("tiny", arch, d_model=32, n_head=2, n_layer=3, chunk=64, cms=(64, hope.INF))
+    whole = train.rehearse(model, config, 2, 384, dtype)
+    torch.testing.assert_close(torch.tensor(train.forecast(model, config, 2, dtype)), whole.float(), rtol=0.02, atol=0)
+
+
+def test_the_plan_of_many_gpus(capsys):
+    flags = ["--size", "1.3b", "--arch", "transformer++", "--batch-size", "64", "--seq-len", "64", "--gpus", "8"]
+    table = planned(capsys, *flags, "--tokens", "1e11", "--utilisation", "0.4")
+    p = sum(w.numel() for w in hope_on_meta("1.3b", "transformer++").parameters())
+    assert table["ddp"][:2] == pytest.approx([4 * p, 4 * p], rel=1e-2)
+    assert table["fsdp"][2] == pytest.approx(table["ddp"][2] / 8, rel=1e-2)
+    assert table["fsdp"][-1] < table["ddp"][-1]
+    train.main(["--plan", *flags, "--tokens", "1e11", "--utilisation", "0.4"])
+    out = capsys.readouterr().out
+    flops = float(re.search(r"([\d.e+]+) operations a token", out)[1])
+    days = float(re.search(r"8 x H100.* ([\d.e+-]+) days", out)[1])
+    assert flops == pytest.approx(6 * p, rel=0.1)  # short rows: attention itself hardly counts
+    assert days == pytest.approx(1e11 * flops / (8 * 989e12 * 0.4) / 86400, rel=0.02)
+    assert train.main(["--plan", *flags, "--gpus", "5"]) == 2
+
+
+def hope_on_meta(size: str, arch: str) -> hope.Hope:
+    with torch.device("meta"):
+        return hope.Hope(hope.HopeConfig.preset(size, arch))
 
 
 if __name__ == "__main__":
