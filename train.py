@@ -1831,23 +1831,23 @@ def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, d
 def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: torch.dtype) -> list[float]:
     """`rehearse` for the whole model and sequence; where that is much work, extended from shorter and thinner ones.
 
-    All three numbers are linear in layers and, but for attention, in segments of the CMS, where they are quadratic.
+    All three numbers are linear in layers and in whole rounds of the CMS (the slowest level's chunk); with attention,
+    quadratic in rounds.
     """
     c, t = model_config, config.seq_len
-    unit = min(c.clocks, default=t)
-    if unit >= t or t / unit * c.n_layer <= 16:
-        return rehearse(c, config, rows, t, dtype).tolist()
-    thin = lambda layers, segments: rehearse(replace(c, n_layer=layers), config, rows, segments * unit, dtype)
+    unit, round_ = min(c.clocks, default=t), max(c.clocks, default=t)
+    p, n = len(c.pattern), t / round_
+    thin = lambda layers, length: rehearse(replace(c, n_layer=layers), config, rows, length, dtype)
+    if t / unit * c.n_layer <= 16:
+        return thin(c.n_layer, t).tolist()
 
     def long(layers: int) -> Tensor:
-        few = [thin(layers, s) for s in (2, 3, 4)]
-        bend = (few[2] - 2 * few[1] + few[0]) / 2
-        slope = few[2] - few[1] - 7 * bend
-        start = few[0] - 2 * slope - 4 * bend
-        n = t / unit
-        return start + slope * n + bend * n * n
+        if n <= 3:
+            return thin(layers, t)
+        one, two, three = (thin(layers, k * round_) for k in (1, 2, 3))
+        bend = (three - 2 * two + one) / 2 if any(c.layer(i).depth == 0 for i in range(p)) else 0 * one
+        return one + (two - one) * (n - 1) + bend * (n - 1) * (n - 2)
 
-    p = len(c.pattern)
     one, two = long(p), long(2 * p)
     return (one + (two - one) / p * (c.n_layer - p)).tolist()
 
