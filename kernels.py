@@ -140,6 +140,12 @@ def _last(z: Tensor | None, readers: int | None) -> Tensor | None:
     return z if z is None or readers is None or z.shape[-3] == 1 else z[..., -readers:, :, :]
 
 
+def _aliases(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors under names of their own: some may have been made of others (at_X of X), and a derivative by one
+    of them must not go through another."""
+    return [None if z is None else z.view_as(z) for z in tensors]
+
+
 def _chunk(end, end_m, at_X, at_Q, X, D, eta, Q, decay, gain, keep, inclusive, readers, lead):
     """A chunk's writes, and what is read of them, on top of what is left of the start state: of memory and momentum at
     the end (end, end_m), of their reads at X and Q (at_X, at_Q). `lead`: all leading dimensions.
@@ -200,6 +206,7 @@ class _Chunk(torch.autograd.Function):
         inclusive, readers, lead = ctx.flags
         d_added = [g.sum_to_size(z) if z and g is not None else None for z, g in zip(ctx.added, (dM, dm, dR))]
         if torch.is_grad_enabled():  # a second derivative is wanted: leave it to autograd
+            at_X, *inputs = _aliases(at_X, *inputs)
             outs = _chunk(None, None, at_X, None, *inputs, *ctx.flags)[:3]
             pairs = [(o, g) for o, g in zip(outs, (dM, dm, dR)) if o is not None and g is not None]
             wanted = [z for z in (at_X, *inputs) if z is not None and z.requires_grad]

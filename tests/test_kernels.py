@@ -126,3 +126,13 @@ def test_only_the_last_memories_may_be_read(momentum):
     ]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_second_derivatives_equal_those_of_the_token_loop(momentum):
+    args, grads = inputs(4, momentum=momentum), []
+    for fn in (dgd_chunk, dgd_loop):
+        first = torch.autograd.grad(fn(**args)[2].square().sum(), list(args.values()), create_graph=True)
+        grads.append(torch.autograd.grad(sum(z.square().sum() for z in first), list(args.values())))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
