@@ -862,7 +862,7 @@ class Hope(nn.Module):
         self.norm = make_norm(config)
         self.head = None if config.tied else nn.Linear(d, config.vocab_size, bias=False)
         for name, module in self.named_modules():
-            if type(module) is nn.Linear:
+            if type(module) in (nn.Linear, FastLinear):
                 shrink = (2 * config.n_layer) ** -0.5 if name.endswith(("to_y", "w_out")) else 1.0
                 nn.init.normal_(module.weight, std=shrink * module.in_features**-0.5)
                 if module.bias is not None:
