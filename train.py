@@ -1842,11 +1842,11 @@ def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: to
         return thin(c.n_layer, t).tolist()
 
     def long(layers: int) -> Tensor:
-        if n <= 3:
+        if n <= 4:
             return thin(layers, t)
-        one, two, three = (thin(layers, k * round_) for k in (1, 2, 3))
-        bend = (three - 2 * two + one) / 2 if any(c.layer(i).depth == 0 for i in range(p)) else 0 * one
-        return one + (two - one) * (n - 1) + bend * (n - 1) * (n - 2)
+        two, three, four = (thin(layers, k * round_) for k in (2, 3, 4))  # the first is unlike those that follow
+        bend = (four - 2 * three + two) / 2 if any(c.layer(i).depth == 0 for i in range(p)) else 0 * two
+        return two + (three - two) * (n - 2) + bend * (n - 2) * (n - 3)
 
     one, two = long(p), long(2 * p)
     return (one + (two - one) / p * (c.n_layer - p)).tolist()
