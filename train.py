@@ -148,7 +148,10 @@ class TrainConfig:
     )
     nodes: int = setting(1, "machines; with fsdp every machine holds the whole model, in parts (HSDP)")
     micro_batch: int = setting(0, "sequences that a process takes at once, the rest of its share follows; 0 for all")
-    recompute: bool = setting(False, "recompute every block in the backward pass: less memory, about a third more time")
+    recompute: bool = setting(
+        False,
+        "recompute every block in the backward pass: less memory, a third more time, two thirds with a CMS written in context",
+    )
     truncate: bool = setting(
         False,
         "go back through each segment of the CMS by itself: memory does not grow with --seq-len, but nothing learns from what a "

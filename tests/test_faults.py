@@ -103,28 +103,30 @@ def wait_for(true, seconds=60):
 
 
 def test_runs_killed_at_any_moment_end_as_if_undisturbed():
-    steps = ["--steps", "16", "--save-every", "2", "--eval-every", "3"]
+    steps = ["--steps", str(8 + 5 * KILLS), "--save-every", "2", "--eval-every", "3"]
     run(*steps, "--out", "whole")
-    g, log = random.Random(0), Path("cut/log.jsonl")
+    g, log, killed = random.Random(0), Path("cut/log.jsonl"), []
     lines = lambda: len(log.read_text().splitlines()) if log.exists() else 0
-    saving = lambda: any(Path("cut/checkpoints").glob(".step-*"))
-    killed = []
+    half = lambda: list(Path("cut/checkpoints").glob(".step-*"))
     for i in range(KILLS):
+        for left in half():
+            shutil.rmtree(left)
         child, before = start(*SMALL, *steps, "--out", "cut"), lines()
-        if i % 3 == 0:  # while a checkpoint is being written, or renamed
-            wait_for(lambda: saving() or not child.is_alive())
+        wait_for(lambda: lines() != before or not child.is_alive())
+        enough = lines() + g.randrange(6)
+        wait_for(lambda: lines() >= enough or not child.is_alive())
+        time.sleep(g.uniform(0, 0.2))  # in a step, a validation, or a save
+        if i % 2 == 0:  # surely in a save
+            wait_for(lambda: half() or not child.is_alive())
             time.sleep(g.uniform(0, 0.01))
-        else:  # in a step, or in the validation before a row is written
-            wait_for(lambda: lines() != before or not child.is_alive())
-            time.sleep(g.uniform(0, 0.4))
         child.kill()
         child.join()
-        killed.append((child.exitcode, lines(), saving()))
+        killed.append((child.exitcode, lines(), bool(half())))
     assert run(*steps, "--out", "cut") == 0
-    print(killed)
+    print("exit code, rows in the log, whether half a checkpoint is left:", *killed)
     assert sum(code == -signal.SIGKILL for code, _, _ in killed) >= KILLS // 2
     assert results("cut") == results("whole")
-    a, b = tensors("cut/checkpoints/step-000016"), tensors("whole/checkpoints/step-000016")
+    a, b = (tensors(train.Run(Path(path)).saved()[-1]) for path in ("cut", "whole"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
