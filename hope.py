@@ -17,7 +17,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -471,6 +471,7 @@ class Memory(nn.Module):
         self.conv = nn.Conv1d(d, d, config.conv, groups=d, bias=False) if config.conv else None
         self.to_y = nn.Linear(d, d, bias=config.bias) if config.project else None
         self.y_norm = nn.Parameter(torch.ones(h, 1, e)) if config.project and config.y_norm else None
+        self.compiled = False  # whether complete chunks run through torch.compile, see `compile_parts`
         self._init_parts()
         if self.conv is not None:  # starts as the identity
             nn.init.normal_(self.conv.weight, std=0.1)
@@ -588,7 +589,8 @@ class Memory(nn.Module):
                 groups = {**groups, "proj": replace(groups["proj"], anchor=groups["proj"].now)}
             if t % c.chunk == 0:
                 groups = {**groups, "main": replace(groups["main"], anchor=groups["main"].now)}
-            y, groups = self._write_and_read(piece, groups)
+            step = compiled_step() if self.compiled and n == c.chunk else Memory._write_and_read
+            y, groups = step(self, piece, groups)
             ys.append(y)
             t += n
         return torch.cat(ys, 2), groups
@@ -640,6 +642,30 @@ class Memory(nn.Module):
         else:
             y = y + (F.layer_norm(query, query.shape[-1:]) if c.memory_norm else query)
         return y.squeeze(2), new
+
+
+@cache
+def compiled_step() -> Callable:
+    """`Memory._write_and_read` compiled: one chunk, since a loop over chunks would be compiled for its length."""
+    return torch.compile(Memory._write_and_read, dynamic=False)
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Compile what every call has in common: MLPs, and the step of a complete chunk of a memory.
+
+    The first calls take a minute. What is kept for the backward pass halves: what is cheap is computed again.
+    """
+    import torch._dynamo.config as dynamo  # takes a second
+    import torch._functorch.config as functorch
+
+    functorch.donated_buffer = False  # a segment's graph serves two backward passes
+    functorch.activation_memory_budget = 0.5
+    dynamo.recompile_limit = 64  # one for each shape, first chunk or later, with gradients or without
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.compile()
+        elif isinstance(module, Memory):
+            module.compiled = True
 
 
 class Gate(nn.Module):

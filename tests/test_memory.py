@@ -1,6 +1,7 @@
 """`hope.Memory` is the equations it claims to be, token by token, whatever the configuration."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -263,6 +264,21 @@ def test_attention_is_kernel_regression_over_its_window(window):
         first = max(0, t + 1 - window) if window else 0
         s = torch.exp(k[first : t + 1] @ q[t])
         torch.testing.assert_close(y, (s[:, None] * v[first : t + 1]).sum(0) / s.sum())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_chunks_equal_the_others():
+    fields = dict(d_model=8, chunk=4, chunk_proj=4)
+    plain, compiled = random_memory(**fields), random_memory(**fields)
+    hope.compile_parts(compiled)
+    x = torch.randn(2, 11, 8, dtype=torch.float64)  # two chunks and a ragged one
+    ys = [memory(x)[0] for memory in (plain, compiled)]
+    assert hope.compiled_step.cache_info().currsize == 1
+    torch.testing.assert_close(*ys)
+    for y in ys:
+        y.square().sum().backward()
+    for p, q in zip(plain.parameters(), compiled.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 def test_bad_configurations_say_what_is_allowed():

@@ -58,20 +58,24 @@ def main() -> None:
     layers = {
         "attention": layer("attention"),
         "hope": layer("hope"),
+        "attention, compiled": layer("attention"),
+        "hope, compiled": layer("hope"),
         "titans": layer("titans"),
         "deltanet": layer("deltanet"),
     }
+    layers["attention, compiled"].compile()
+    hope.compile_parts(layers["hope, compiled"])
     if other := neural_memory():
         layers["titans-pytorch"] = other
     print(f"{torch.get_num_threads()} threads; tokens/s of forward + backward, in parts of attention's")
-    print(f"{'length':>8}" + "".join(f"{name:>16}" for name in layers))
+    print(f"{'length':>8}" + "".join(f"{name:>21}" for name in layers))
     for length in map(int, args.lengths.split(",")):
         x, best = torch.randn(BATCH, length, WIDTH), {name: float("inf") for name in layers}
         for turn in range(args.turns + 1):  # the first turn warms up
             for name, module in layers.items():
                 seconds = once(module, x)
                 best[name] = min(best[name], seconds) if turn else float("inf")
-        print(f"{length:>8}" + "".join(f"{best['attention'] / best[name]:>16.3f}" for name in layers), flush=True)
+        print(f"{length:>8}" + "".join(f"{best['attention'] / best[name]:>21.3f}" for name in layers), flush=True)
     if args.profile:
         x = torch.randn(BATCH, 1024, WIDTH)
         with torch.profiler.profile() as profile:
