@@ -174,7 +174,9 @@ class HopeConfig:
         "sequence layers of successive blocks, repeated: memory, or attention over the last `window` tokens",
     )
     cms: tuple[float, ...] = setting(
-        (64, 256, INF), "chunk size of each MLP of the continuum memory system; inf moves with the outer optimizer only"
+        (64, 256, INF),
+        "chunk size of each MLP of the continuum memory system; inf moves with the outer optimizer only, at every step; a "
+        "chunk longer than a training sequence moves its start state once per chunk, by the sum of its gradients",
     )
     cms_hidden: float = setting(
         2.0,
@@ -1861,6 +1863,48 @@ def param_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def slow_groups(model: Hope, seq_len: int) -> list[dict[str, Any]]:
+    """Blocks of the CMS whose chunk C is longer than a training sequence: parameter groups with a `period` in outer steps.
+
+    The sequences of a batch are streams side by side, each seq_len tokens longer after every step, so that C tokens take
+    C / seq_len steps, rounded up. `Accumulate` makes the blocks' start states move once in so many.
+    """
+    chunks = {i: c for i, c in enumerate(model.config.cms) if seq_len < c < INF}
+    params = lambda i: [p for block in model.blocks for p in block.cms.levels[i].parameters()]
+    return [{"params": params(i), "period": math.ceil(c / seq_len), "chunk": int(c)} for i, c in chunks.items()]
+
+
+class Accumulate(torch.optim.Optimizer):
+    """Gradients of parameters that move once in `period` steps (`slow_groups`), in an optimizer's clothes.
+
+    Its step comes before that of the optimizers that move them: it takes their gradients away, so that they are passed
+    over, and adds them up; at the end of every period the sum takes the gradient's place. ValueError for a period below 1.
+    """
+
+    def __init__(self, params: Any, period: int = 1):
+        super().__init__(params, {"period": period})
+        for group in self.param_groups:
+            if group["period"] < 1:
+                raise ValueError(f"Accumulate: period is {group['period']}; allowed: 1 or more steps")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"], state["sum"] = torch.zeros(()), torch.zeros_like(p)
+                state["step"] += 1
+                state["sum"] += p.grad
+                if state["step"].item() % group["period"]:
+                    p.grad = None
+                else:
+                    p.grad.copy_(state["sum"])
+                    state["sum"].zero_()
+
+
 @dataclass(frozen=True)
 class Level:
     """One component of a model or optimizer, seen as an associative memory with a frequency of its own."""
@@ -1872,11 +1916,12 @@ class Level:
     objective: str
     rule: str
     size: int  # numbers that move: per sequence for states, in all for parameters
+    steps: int = 1  # outer steps between two updates, where period is None
 
     @property
     def every(self) -> str:
         if self.period is None:
-            return "outer step"
+            return "outer step" if self.steps == 1 else f"{self.steps} outer steps"
         return f"{self.period:g} tokens" if self.period > 1 else "token"
 
 
@@ -1904,7 +1949,7 @@ class Levels(list[Level]):
 
         ax = ax or plt.subplots(figsize=(6.4, 0.8 + 0.31 * len(self)), layout="constrained")[1]
         for row, level in enumerate(self):
-            period = max(1, int(step if level.period is None else level.period))
+            period = max(1, int(step * level.steps if level.period is None else level.period))
             kind, color = self.CLOCKS[3 if level.period is None else min(2, math.ceil(level.period))]
             label = None if kind in ax.get_legend_handles_labels()[1] else kind
             moves = range(period, 2 * step + 1, period)
@@ -1923,6 +1968,7 @@ BUFFERS = {
     "AdamW": {"first moment": ("-<m, g>", "EMA (eq. 33)"), "second moment": ("-<v, g^2>", "EMA")},
     "Muon": {"momentum": ("-<m, g>", "EMA (eq. 42)")},
     "SGD": {},
+    "Accumulate": {"sum": ("-<m, g>", "GD, emptied once moved by")},
     "DGD": {},
     "DeltaMomentum": {"momentum": ("1/2 |m g^T + I|^2", "delta GD with decay (eq. 49)")},
     "PreconditionedMomentum": {
@@ -1933,7 +1979,7 @@ BUFFERS = {
     "M3": {
         "fast momentum": ("-<m, g>", "EMA (Alg. 1)"),
         "second moment": ("-<v, g^2>", "EMA"),
-        "slow momentum": ("-<m, g>", "EMA, every {every} steps (eq. 75)"),
+        "slow momentum": ("-<m, g>", "EMA (eq. 75)"),
     },
 }
 
@@ -1960,10 +2006,12 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
     Raises ValueError for an optimizer whose memories are not known here.
     """
     c = model.config
-    found: list[tuple[float, int, str, str, str, str, int]] = []  # period, rank at equal period, then the columns
+    found: list[tuple] = []  # period and outer steps, rank where they are equal, then the columns
 
-    def add(period: float, rank: int, component: str, context: str, objective: str, rule: str, size: int) -> None:
-        found.append((period, rank, component, context, objective, rule, size))
+    def add(
+        period: float, rank: int, component: str, context: str, objective: str, rule: str, size: int, steps: int = 1
+    ) -> None:
+        found.append((period, steps, rank, component, context, objective, rule, size))
 
     outer = INF
     kinds = [block.memory for block in model.blocks]
@@ -1996,23 +2044,21 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
         if kind not in BUFFERS:
             raise ValueError(f"levels knows nothing of the optimizer {kind}; allowed: {', '.join(BUFFERS)}")
         for buffer, (objective, rule) in BUFFERS[kind].items():
-            if size := buffer_size(o, buffer):  # what moves less often than the parameters comes after them
-                rank = 4 if "slow" in buffer else 0
-                add(
-                    outer,
-                    rank,
-                    f"{kind}: {buffer}",
-                    "outer gradients",
-                    objective,
-                    rule.format(**o.param_groups[0]),
-                    size,
-                )
-    rule = " and ".join(type(o).__name__ for o in optimizers) or "no optimizer given"
+            if size := buffer_size(o, buffer):
+                steps = o.param_groups[0]["every"] if buffer == "slow momentum" else 1
+                rule = rule.format(**o.param_groups[0])
+                add(outer, 0, f"{kind}: {buffer}", "outer gradients", objective, rule, size, steps)
+    rule = " and ".join(type(o).__name__ for o in optimizers if not isinstance(o, Accumulate)) or "no optimizer given"
     size = sum(p.numel() for p in model.parameters())
+    for group in (g for o in optimizers if isinstance(o, Accumulate) for g in o.param_groups):
+        slow = sum(p.numel() for p in group["params"])
+        name = f"CMS, C = {group['chunk']}: start state" if "chunk" in group else "slow parameters"
+        add(outer, 3, name, "training text", "next-token loss", rule, slow, group["period"])
+        size -= slow
     add(outer, 3, "parameters, start states", "training text", "next-token loss", rule, size)
-    order = sorted({row[:2] for row in found})
+    order = sorted({row[:3] for row in found})
     table = [
-        Level(order.index(row[:2]) + 1, row[2], None if row[0] == outer else row[0], *row[3:])
-        for row in sorted(found, key=lambda row: row[:2])
+        Level(order.index(row[:3]) + 1, row[3], None if row[0] == outer else row[0], *row[4:], row[1])
+        for row in sorted(found, key=lambda row: row[:3])
     ]
     return Levels(table)

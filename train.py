@@ -1389,8 +1389,15 @@ def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimi
     decay = config.weight_decay / MATRIX_LR[name]  # a step of decay is lr times this
     matrix = [{"params": groups["matrix"], "weight_decay": decay, "lr_scale": MATRIX_LR[name]}]
     rest = [{"params": groups["rest"], "weight_decay": 0.0}]
+    slow = hope.slow_groups(model, config.seq_len)
+    if slow and name == "dgd":
+        raise UserError(
+            f"--optimizer dgd needs the inputs of a step, and a CMS chunk of {slow[0]['chunk']} tokens spans "
+            f"{slow[0]['period']} steps of --seq-len {config.seq_len}; give --seq-len {slow[-1]['chunk']}, or another optimizer"
+        )
+    first = [hope.Accumulate(slow)] if slow else []
     if name == "adamw":
-        return [torch.optim.AdamW(matrix + rest, **adamw)]
+        return [*first, torch.optim.AdamW(matrix + rest, **adamw)]
     make = {
         # match_rms_adamw gives Muon's step the size of AdamW's, so that one learning rate serves both.
         "muon": lambda: torch.optim.Muon(matrix, lr=config.lr, adjust_lr_fn="match_rms_adamw"),
@@ -1399,7 +1406,7 @@ def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimi
         "delta-momentum": lambda: hope.DeltaMomentum(matrix, lr=config.lr),
         "deep-momentum": lambda: hope.DeepMomentum(matrix, lr=config.lr),
     }
-    return [make[name](), torch.optim.AdamW(rest, **adamw)]
+    return [*first, make[name](), torch.optim.AdamW(rest, **adamw)]
 
 
 class EMA(torch.optim.Optimizer):
@@ -1856,6 +1863,7 @@ def buffers(config: TrainConfig) -> tuple[float, float]:
     """Bytes that the optimizers keep for a byte of the matrices and of the other weights, seen on a small model."""
     model = Hope(HopeConfig.preset(arch=config.arch, d_model=32, n_head=2, n_layer=1, cms_hidden=2.0))
     optimizers = make_optimizers(model, config) + make_average(model, config)
+    optimizers = [o for o in optimizers if not isinstance(o, hope.Accumulate)]
     model.observe(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), backward=True)
     for optimizer in optimizers:
         optimizer.step()
@@ -1887,7 +1895,8 @@ def plan(config: TrainConfig, model_config: HopeConfig, assumed: dict[str, float
     peak, state, flops = forecast(model_config, config, rows, dtype)
     flops /= rows * config.seq_len
     kept = buffers(config)
-    optimizer = 4 * (kept[0] * matrix + kept[1] * (size - matrix))
+    slow = sum(p.numel() for group in hope.slow_groups(model, config.seq_len) for p in group["params"])
+    optimizer = 4 * (kept[0] * matrix + kept[1] * (size - matrix) + slow)
     step = config.batch_size * config.seq_len
     print(
         f"{config.arch}, size {config.size}: {size:,} parameters, of which {model.embed.weight.numel():,} embed tokens"

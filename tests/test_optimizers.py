@@ -638,7 +638,51 @@ def test_levels_know_the_memories_of_every_optimizer(name):
     rows = {row.component for row in table if row.component.startswith(kind)}
     assert len(rows) == {"DGD": 0, "PreconditionedMomentum": 1 if name == "identity" else 2, "M3": 3}.get(kind, 1)
     if kind == "M3":
-        assert table[-1].component == "M3: slow momentum" and "every 2 steps" in table[-1].rule
+        assert table[-1].component == "M3: slow momentum" and table[-1].every == "2 outer steps"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks slower than a training sequence
+
+
+def test_a_block_whose_chunk_is_longer_than_a_sequence_moves_once_per_chunk_by_the_sum_of_its_gradients():
+    torch.manual_seed(0)
+    config = hope.HopeConfig.preset(
+        "tiny", vocab_size=11, d_model=8, n_head=2, cms_hidden=1.0, cms=(4, 20, 41, hope.INF)
+    )
+    model = hope.Hope(config).double()
+    assert [g["period"] for g in hope.slow_groups(model, 8)] == [3, 6]  # 20 and 41 tokens of sequences of 8, rounded up
+    assert hope.slow_groups(model, 41) == []
+    optimizers = [hope.Accumulate(hope.slow_groups(model, 8)), torch.optim.SGD(model.parameters(), lr=0.1)]
+    period = {p: g["period"] for g in hope.slow_groups(model, 8) for p in g["params"]}
+    sums = {p: torch.zeros_like(p) for p in model.parameters()}
+    for step in range(1, 8):
+        x = torch.randint(11, (2, 9))
+        model.zero_grad()
+        model.observe(x[:, :-1], x[:, 1:], backward=True)
+        before = {p: p.detach().clone() for p in model.parameters()}
+        for p in model.parameters():
+            sums[p] += 0 if p.grad is None else p.grad
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, total in sums.items():
+            moves = step % period.get(p, 1) == 0
+            torch.testing.assert_close(p.detach(), before[p] - 0.1 * total if moves else before[p])
+            if moves:
+                total.zero_()
+    with pytest.raises(ValueError, match="period is 0; allowed: 1 or more"):
+        hope.Accumulate([{"params": [torch.nn.Parameter(torch.zeros(2))], "period": 0}])
+
+
+def test_levels_list_slow_blocks_after_what_moves_at_every_step():
+    model = hope.Hope(hope.HopeConfig.preset("tiny", d_model=8, n_head=2, cms_hidden=1.0, cms=(4, 20, hope.INF)))
+    slow = hope.slow_groups(model, 8)
+    table = hope.levels(model, [hope.Accumulate(slow), torch.optim.AdamW(model.parameters())])
+    *_, parameters, last = table
+    assert (last.component, last.every, last.rule) == ("CMS, C = 20: start state", "3 outer steps", "AdamW")
+    assert last.level == parameters.level + 1 and parameters.every == "outer step"
+    assert last.size == sum(p.numel() for p in slow[0]["params"])
+    assert parameters.size + last.size == sum(p.numel() for p in model.parameters())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -257,6 +257,19 @@ def test_averaged_weights_are_saved_validated_and_sampled(capsys, monkeypatch):
     assert torch.equal(whole, cut) and torch.equal(whole, again) and not torch.equal(whole, plain)
 
 
+def test_a_run_stopped_inside_the_chunk_of_a_slow_block_goes_on_as_if_it_had_not_stopped(capsys):
+    slow = ["--steps", "5", "--eval-every", "5", "--save-every", "2", "--cms", "16,150,inf"]
+    assert run(*slow, "--out", "whole") == 0
+    assert "C = 150: start state" in capsys.readouterr().out
+    shutil.copytree("whole", "cut")
+    for step in ("4", "5"):  # at step 2 of a period of 3
+        shutil.rmtree(f"cut/checkpoints/step-00000{step}")
+    assert train.main(["--resume", "cut"]) == 0
+    assert stripped(rows("cut")) == stripped(rows("whole"))
+    assert run("--cms", "16,150,inf", "--optimizer", "dgd", "--out", "no") == 2
+    assert "a CMS chunk of 150 tokens spans 3 steps of --seq-len 64" in capsys.readouterr().err
+
+
 def test_only_matrices_decay(tmp_path):
     for optimizer in ("muon", "adamw"):
         model = hope.Hope(hope.HopeConfig.preset("tiny"))
