@@ -206,6 +206,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(beside, path)
 
 
+def reason(e: BaseException) -> str:
+    """An exception in one line, with its type unless that says nothing."""
+    while isinstance(e, CheckpointException) and e.failures:
+        e = next(iter(e.failures.values()))[0]
+    if isinstance(e, OSError) and e.strerror:
+        return e.strerror
+    text = (str(e).strip().splitlines() or [""])[0][:200]
+    return text if text and type(e) is ValueError else f"{type(e).__name__}: {text}".removesuffix(": ")
+
+
 def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -375,10 +385,6 @@ PIECE = 2**20  # bytes of a text file that are read at once, and characters that
 SHARD = 2**25  # tokens of a shard, which is what an interrupted preparation does not have to do again
 
 
-def brief(e: BaseException) -> str:
-    return f"{type(e).__name__}: {e}".splitlines()[0][:200]
-
-
 def parse(line: bytes) -> Any:
     try:
         return json.loads(line)
@@ -442,7 +448,7 @@ class Source:
             iterator = iter(rows)
         except Exception as e:  # many kinds, from three libraries
             raise UserError(
-                f"--data {self.data}, config {config}, split {split} cannot be read ({brief(e)}); "
+                f"--data {self.data}, config {config}, split {split} cannot be read ({reason(e)}); "
                 "check the names (--data-config, --data-split) and the network"
             ) from e
         self.state = rows.state_dict
@@ -450,7 +456,7 @@ class Source:
             try:
                 row = next(iterator, None)
             except Exception as e:
-                raise UserError(f"--data {self.data}: reading failed ({brief(e)}); {again}") from e
+                raise UserError(f"--data {self.data}: reading failed ({reason(e)}); {again}") from e
             if row is None:
                 return
             text = self._field(row, f"--data {self.data}")
@@ -506,7 +512,7 @@ class Source:
         except UserError:
             raise
         except Exception as e:  # damaged archives raise whatever their library likes
-            raise UserError(f"{where} cannot be read ({brief(e)}); restore it, or leave it out") from e
+            raise UserError(f"{where} cannot be read ({reason(e)}); restore it, or leave it out") from e
 
 
 def jobs(source: Source, held: bool | None = None) -> Iterator[tuple[list[tuple[str, bool, bool]], dict]]:
@@ -852,7 +858,7 @@ class Corpus:
                 file = safetensors.safe_open(folder / rows[i]["file"], "np")
                 return {name: file.get_slice(name) for name in file.keys()}
             except (OSError, SafetensorError) as e:
-                raise UserError(f"{folder / rows[i]['file']} cannot be read ({brief(e)}); restore it") from e
+                raise UserError(f"{folder / rows[i]['file']} cannot be read ({reason(e)}); restore it") from e
 
         corpus = cls(config, tokenizer, shard, rows, manifest["held_out"])
         corpus.source = str(folder)
@@ -885,7 +891,9 @@ class Corpus:
 # Run directory: config, log, checkpoints, picture
 
 
-def to_json(train: TrainConfig, model: HopeConfig, sha256: str) -> dict:
+def to_json(train: TrainConfig, model: HopeConfig, sha256: dict[str, str]) -> dict:
+    """What a run's config.json holds; `sha256` are the fingerprints of its data and its tokenizer."""
+
     def plain(v: Any) -> Any:
         if isinstance(v, dict):
             return {k: plain(x) for k, x in v.items()}
@@ -893,7 +901,7 @@ def to_json(train: TrainConfig, model: HopeConfig, sha256: str) -> dict:
             return [plain(x) for x in v]
         return "inf" if v == hope.INF else v
 
-    return {"train": plain(asdict(train)), "model": plain(asdict(model)), "data_sha256": sha256}
+    return {"train": plain(asdict(train)), "model": plain(asdict(model)), **sha256}
 
 
 def signed(value: dict) -> str:
@@ -908,7 +916,7 @@ def read_signed(path: Path) -> dict:
     return value
 
 
-def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, str]:
+def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, dict[str, str]]:
     try:
         stored = read_signed(path)
         model = dict(stored["model"])
@@ -918,13 +926,12 @@ def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, str]:
             model[name] = tuple(float(c) for c in model[name])
         model["pattern"] = tuple(model["pattern"])
         config = HopeConfig(memory=MemoryConfig(**memory), **model)
-        return TrainConfig(**stored["train"]), config, stored["data_sha256"]
+        sha256 = {name: stored[name] for name in ("data_sha256", "tokenizer_sha256")}
+        return TrainConfig(**stored["train"]), config, sha256
     except FileNotFoundError as e:
         raise UserError(f"{path.parent} is no run directory, it has no config.json; give one that train.py made") from e
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
-        raise UserError(
-            f"{path} cannot be used ({type(e).__name__}: {reason(e)}); restore it, or start anew with --out"
-        ) from e
+        raise UserError(f"{path} cannot be used ({reason(e)}); restore it, or start anew with --out") from e
 
 
 def differing(old: dict, new: dict) -> str:
@@ -935,15 +942,6 @@ def differing(old: dict, new: dict) -> str:
         if k not in Run.FREE | {"memory"} and new[k] != old.get(k):
             return f"{k} = {old.get(k)}, not {new[k]}"
     return ""
-
-
-def reason(e: BaseException) -> str:
-    """An exception in one line."""
-    while isinstance(e, CheckpointException) and e.failures:
-        e = next(iter(e.failures.values()))[0]
-    if isinstance(e, OSError) and e.strerror:
-        return e.strerror
-    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
 
 def file_sha256(path: Path) -> str:
@@ -1656,7 +1654,8 @@ def train_in(run: Run, world: World, config: TrainConfig, model_config: HopeConf
     # Unprepared data is prepared by the first process to lock it, and the others wait.
     corpus = world.together(lambda: Corpus.open(config))
     model_config = replace(model_config, vocab_size=corpus.tokenizer.vocab_size)
-    stored = to_json(config, model_config, corpus.sha256)
+    sha256 = {"data_sha256": corpus.sha256, "tokenizer_sha256": corpus.tokenizer.sha256}
+    stored = to_json(config, model_config, sha256)
 
     def begin() -> None:
         run.open(stored)
@@ -1964,10 +1963,10 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
     if not run.saved():
         raise UserError(f"{path} has no checkpoint yet; train first: python train.py --resume {path}")
     tokenizer = prepared_tokenizer(path, {})
-    if tokenizer.vocab_size != model_config.vocab_size:
+    if tokenizer.sha256 != sha256["tokenizer_sha256"]:
         raise UserError(
-            f"{path}/tokenizer.tiktoken is missing or not the run's: it has {tokenizer.vocab_size} tokens, the model "
-            f"{model_config.vocab_size}; restore it, or start it anew: python train.py --resume {path}"
+            f"{path}/tokenizer.tiktoken is missing or not the run's; restore it, or have it written anew: "
+            f"python train.py --resume {path}"
         )
     world = World(replace(config, device=device or config.device))
     model = Hope(model_config).to(world.device)
@@ -2001,7 +2000,7 @@ def export(args: argparse.Namespace) -> int:
         weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
         write_atomically(beside / "model.safetensors", safetensors.torch.save(weights))
         tokenizer.save(beside)
-        about |= {"model_sha256": file_sha256(beside / "model.safetensors"), "tokenizer_sha256": tokenizer.sha256}
+        about["model_sha256"] = file_sha256(beside / "model.safetensors")
         write_atomically(beside / "config.json", signed(about))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(beside, target)

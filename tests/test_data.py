@@ -568,7 +568,10 @@ def test_a_run_keeps_its_tokenizer_and_samples_with_it(jsonl, capsys):
     os.rename("data", "gone")  # the run has all that sampling needs
     assert train.main(["--sample", "mine", "--prompt", "Document", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("Document")
-    Path("mine/tokenizer.tiktoken").unlink()
-    assert train.main(["--sample", "mine"]) == 2
-    assert "mine/tokenizer.tiktoken is missing or not the run's" in capsys.readouterr().err
+    other = train.Tokenizer.train(400, ["abracadabra " * 9, *(chr(i) * 99 for i in range(0x100, 0x200))])
+    assert other.vocab_size == 400  # as many tokens as the run's, of another text
+    for damage in (lambda: Path("mine/tokenizer.tiktoken").unlink(), lambda: other.save(Path("mine"))):
+        damage()
+        assert train.main(["--sample", "mine"]) == 2
+        assert "mine/tokenizer.tiktoken is missing or not the run's" in capsys.readouterr().err
     assert train.main(["--resume", "mine"]) == 0 and Path("mine/tokenizer.tiktoken").exists()  # from docs.jsonl, anew
