@@ -1463,13 +1463,18 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * left)
 
 
-def validate(model: Hope, corpus: Corpus, world: World) -> float:
+def at_once(config: TrainConfig, world: World) -> int:
+    """Rows that a process takes at once, in training and, so that it needs no more memory, in validation."""
+    return config.micro_batch or config.batch_size // world.size
+
+
+def validate(model: Hope, corpus: Corpus, config: TrainConfig, world: World) -> float:
     """Mean loss in nats per token over held-out windows, each observed from the start state, CMS writes included."""
     rows = [z[world.share(len(z))].to(world.device) for z in corpus.validation()]
     with torch.no_grad():
         losses = [
             model.observe(x, y, reduction="none")[0].double().sum().item()
-            for x, y in zip(*(z.split(20) for z in rows))
+            for x, y in zip(*(z.split(at_once(config, world)) for z in rows))
             if len(x)
         ]
     total, count = world.sum(sum(losses), (rows[1] != -100).sum().item())
@@ -1485,7 +1490,7 @@ def find_gradients(model: Hope, x: Tensor, y: Tensor, config: TrainConfig, world
     average = world.size if isinstance(model, FSDPModule) else 1  # FSDP divides what it adds up by this
     total = torch.zeros((), device=x.device)
     with gathered(model):
-        for xs, ys in zip(*(z.split(config.micro_batch or len(z)) for z in (x, y))):
+        for xs, ys in zip(*(z.split(at_once(config, world)) for z in (x, y))):
             with computing_in(config, world):
                 how = {"backward": True, "truncate": True} if config.truncate else {}
                 losses, _ = model.observe(xs, ys, reduction="none", **how)
@@ -1728,9 +1733,10 @@ def train_in(run: Run, world: World, config: TrainConfig, model_config: HopeConf
                 )
             if step % config.eval_every == 0 or step == config.steps:
                 with averaged(averages), gathered(model), computing_in(config, world):
-                    row["val_loss"] = validate(model, corpus, world)
+                    row["val_loss"] = validate(model, corpus, config, world)
                     row["val_bpb"] = row["val_loss"] * bits
-                    row |= memory_numbers(model, *(z[:4].to(world.device) for z in corpus.validation()))
+                    few = min(4, at_once(config, world))
+                    row |= memory_numbers(model, *(z[:few].to(world.device) for z in corpus.validation()))
                 state["best_val_loss"] = min(row["val_loss"], state["best_val_loss"] or math.inf)
             stop = stop or step == config.steps
             if world.rank == 0:
