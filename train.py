@@ -319,14 +319,19 @@ class Tokenizer:
         return tokenizer
 
 
+def asked_size(name: str) -> int:
+    """The N of train:N."""
+    if not name[6:].isdecimal() or not 257 <= int(name[6:]) <= 2**24:
+        raise UserError(f"--tokenizer {name}: the vocabulary is a number of tokens from 257, as in train:32000")
+    return int(name[6:])
+
+
 def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """The tokenizer that --tokenizer names; `texts` are what train:N learns from."""
     if name == "bytes":
         return Tokenizer()
     if name.startswith("train:"):
-        if not name[6:].isdecimal() or not 257 <= int(name[6:]) <= 2**24:
-            raise UserError(f"--tokenizer {name}: the vocabulary is a number of tokens from 257, as in train:32000")
-        return Tokenizer.train(int(name[6:]), texts())
+        return Tokenizer.train(asked_size(name), texts())
     if name.endswith(".tiktoken"):
         return Tokenizer.load(Path(name))
     tiktoken = extra("tiktoken", f"--tokenizer {name}")
@@ -1171,6 +1176,7 @@ class Run:
             ax.plot(*zip(*val), "o--", color="#d94801", label="validation")
             ax.annotate(f"{val[-1][1]:.2f}", val[-1], xytext=(0, 8), textcoords="offset points", ha="center")
         ax.set(xlabel="step", ylabel="bits per byte", title=title, ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend()
         fig.savefig(self.path / "loss.png", dpi=150)
@@ -1308,7 +1314,7 @@ def distribute(model: Hope, config: TrainConfig, world: World) -> None:
     shape, names = ((config.nodes, per_node), ("node", "gpu")) if config.nodes > 1 else ((world.size,), ("gpu",))
     settings = dict(mesh=init_device_mesh(world.device.type, shape, mesh_dim_names=names), reshard_after_forward=False)
     low = torch.bfloat16 if precision(config, world) == torch.bfloat16 else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         exact = [getattr(block.memory, name, None) for name in ("start", "gates")]
         if exact := [module for module in exact if module]:
@@ -1785,6 +1791,9 @@ def refused(loss: float, norm: float, state: dict, config: TrainConfig) -> str:
 # Plan
 
 
+# What a process on a CPU holds beside tensors, measured with torch 2.13 and glibc: bytes of Python and its libraries, and
+# how much larger the heap is than the tensors in it, since glibc keeps freed blocks (1.1 to 1.35 times).
+LIBRARIES, HEAP = 0.45e9, 1.25
 # What --plan assumes unless flags say otherwise. A100 and H100: dense bfloat16 and memory as their makers state them.
 PLAN = {"gpus": 1, "tokens": 0.0, "utilisation": 0.3}
 GPUS = {"A100": (312e12, 80e9), "H100": (989e12, 80e9)}
@@ -1881,6 +1890,14 @@ def buffers(config: TrainConfig) -> tuple[float, float]:
     )
 
 
+def foreseen_vocabulary(config: TrainConfig) -> int:
+    """How many kinds of tokens a run will have; of those that train:N will learn, the most."""
+    name, folder = config.tokenizer_name, Path(config.data)
+    if (folder / "manifest.json").is_file():
+        return prepared_tokenizer(folder, read_manifest(folder)).vocab_size
+    return asked_size(name) if name.startswith("train:") else make_tokenizer(name, tuple).vocab_size
+
+
 def plan(config: TrainConfig, model_config: HopeConfig, assumed: dict[str, float]) -> int:
     """Print what a run takes: memory of a GPU by part, operations, days. Allocates no model."""
     gpus = int(assumed["gpus"])
@@ -1890,6 +1907,7 @@ def plan(config: TrainConfig, model_config: HopeConfig, assumed: dict[str, float
         )
     if not 0 < assumed["utilisation"] <= 1:
         raise UserError(f"--utilisation is {assumed['utilisation']}; give a part of the GPUs' peak, above 0, up to 1")
+    model_config = replace(model_config, vocab_size=foreseen_vocabulary(config))
     with torch.device("meta"):
         model = Hope(model_config)
     size = sum(p.numel() for p in model.parameters())
@@ -1918,12 +1936,22 @@ def plan(config: TrainConfig, model_config: HopeConfig, assumed: dict[str, float
         f"{'GB per GPU':<12}"
         + "".join(f"{k:>12}" for k in ("parameters", "gradients", "optimizer", "states", "activations", "peak"))
     )
+    highest = {}
     for name, (weights, gradients, buffer) in table.items():
         # Gradients come as activations go, so the rehearsed peak is less than their sum; from the second micro-batch on,
         # all gradients are there from the start.
         most = max(peak, gradients) if share <= rows else gradients + max(0.0, peak - 4 * size) + state
-        parts = (weights, gradients, buffer, state, max(0.0, peak - state - 4 * size), weights + buffer + most)
+        highest[name] = weights + buffer + most
+        parts = (weights, gradients, buffer, state, max(0.0, peak - state - 4 * size), highest[name])
         print(f"{name:<12}" + "".join(f"{x / 1e9:>12.3f}" for x in parts))
+    print("\npeak is of tensors. A process on a CPU holds more, in GB:")
+    for name, most in highest.items():
+        saved = 2 * (4 * size + optimizer) / (per_node if name == "fsdp" else 1)  # copied, and copied into files' bytes
+        parts = (LIBRARIES, (HEAP - 1) * most, saved, most + LIBRARIES + (HEAP - 1) * most + saved)
+        print(
+            "{:<12}libraries {:.3f}, memory that glibc keeps {:.3f}, a checkpoint being written {:.3f}: resident at most "
+            "{:.3f}".format(name, *(x / 1e9 for x in parts))
+        )
     tokens = assumed["tokens"] or config.steps * step
     print(
         f"\n{flops:.3g} operations a token, {flops / 6 / size:.2f} x 6 per parameter; {tokens:.3g} tokens are {tokens / step:,.0f} steps"
@@ -2154,11 +2182,12 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             if started:
                 inner = {name: model_settings.pop(name) for name in given(args, MemoryConfig)}
-                return train(config, replace(base, memory=replace(base.memory, **inner), **model_settings))
-            model = HopeConfig.preset(config.size, config.arch, **model_settings)
-            return (
-                plan(config, model, {name: getattr(args, name) for name in PLAN}) if args.plan else train(config, model)
-            )
+                model = replace(base, memory=replace(base.memory, **inner), **model_settings)
+            else:
+                model = HopeConfig.preset(config.size, config.arch, **model_settings)
+            if args.plan:
+                return plan(config, model, {name: getattr(args, name) for name in PLAN})
+            return train(config, model)
         config, model, _ = from_json(Path(args.resume) / "config.json")
         stored = {**asdict(config), **asdict(model), **asdict(model.memory)}
         for name, value in {**settings, **model_settings}.items():

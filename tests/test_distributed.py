@@ -215,10 +215,15 @@ def peak_bytes(config: train.TrainConfig, model_config: hope.HopeConfig) -> floa
 
 
 def planned(capsys, *args: str) -> dict[str, list[float]]:
-    """The rows of --plan's table: bytes of parameters, gradients, optimizer, states, activations, and the peak."""
+    """The rows of --plan's tables: bytes of parameters, gradients, optimizer, states, activations, peak, and what is resident."""
     assert train.main(["--plan", *args]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    return {line[0]: [1e9 * float(x) for x in line[1:]] for line in lines if line and line[0] in ("ddp", "fsdp")}
+    out = capsys.readouterr().out
+    table = {
+        name: [1e9 * float(x) for x in row.split()] for name, row in re.findall(r"^(ddp|fsdp) +([\d. ]+)$", out, re.M)
+    }
+    for name, resident in re.findall(r"^(ddp|fsdp) .* resident at most ([\d.]+)$", out, re.M):
+        table[name].append(1e9 * float(resident))
+    return table
 
 
 @pytest.mark.parametrize(
@@ -233,8 +238,32 @@ def planned(capsys, *args: str) -> dict[str, list[float]]:
 def test_the_plan_foretells_the_memory_of_a_step(size, settings, capsys):
     config = train.TrainConfig(size=size, precision="float32", **settings)
     flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in settings.items()]
-    foretold = planned(capsys, "--size", size, "--precision", "float32", *flags)["ddp"][-1]
+    foretold = planned(capsys, "--size", size, "--precision", "float32", *flags)["ddp"][5]
     assert foretold == pytest.approx(peak_bytes(config, hope.HopeConfig.preset(size, config.arch)), rel=0.15)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is counted as Linux does")
+@pytest.mark.parametrize(
+    "flags",
+    ["", pytest.param("--size 60m --tokenizer train:8000 --seq-len 256", marks=pytest.mark.slow)],
+    ids=["tiny", "60m"],
+)
+def test_the_plan_foretells_what_a_process_holds(flags, capsys, tmp_path):
+    """Of a whole run: with its data, libraries, validations, checkpoints and a sample."""
+    flags = [*flags.split(), "--optimizer", "adamw"]
+    foretold = planned(capsys, *flags, "--precision", "float32")["ddp"][-1]
+    run = [sys.executable, train.__file__, *flags, "--steps", "3", "--save-every", "1", "--eval-every", "3"]
+    child = subprocess.Popen([*run, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(child.pid, 0)
+    assert status == 0
+    assert foretold == pytest.approx(1024 * used.ru_maxrss, rel=0.15)
+
+
+def test_the_plan_counts_the_tokens_of_the_tokenizer(capsys):
+    assert train.main(["--plan", "--size", "60m", "--arch", "transformer++", "--tokenizer", "train:8000"]) == 0
+    assert "4,096,000 embed tokens" in capsys.readouterr().out
+    assert train.main(["--plan", "--tokenizer", "train:8"]) == 2
+    assert "a number of tokens from 257" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arch", [pytest.param("hope", marks=pytest.mark.slow), "hope-attention"])
@@ -251,7 +280,7 @@ def test_the_plan_of_many_gpus(capsys):
     p = sum(w.numel() for w in hope_on_meta("1.3b", "transformer++").parameters())
     assert table["ddp"][:2] == pytest.approx([4 * p, 4 * p], rel=1e-2)
     assert table["fsdp"][2] == pytest.approx(table["ddp"][2] / 8, rel=1e-2)
-    assert table["fsdp"][-1] < table["ddp"][-1]
+    assert table["fsdp"][5] < table["ddp"][5]
     train.main(["--plan", *flags, "--tokens", "1e11", "--utilisation", "0.4"])
     out = capsys.readouterr().out
     flops = float(re.search(r"([\d.e+]+) operations a token", out)[1])

@@ -321,6 +321,9 @@ def test_exported_weights_start_another_run(trained, capsys):
     assert train.main([*more, "tuned", "--lr", "1e-9", "--weight-decay", "0"]) == 0
     tuned = tensors("tuned/checkpoints/step-000001")
     assert all(torch.allclose(w, tuned[f"model.{k}"], atol=1e-6) for k, w in weights.items())
+    capsys.readouterr()
+    assert train.main(["--plan", *more, "a"]) == 0 and not Path("a").exists()
+    assert f"{sum(w.numel() for w in weights.values()):,} parameters" in capsys.readouterr().out
     assert "w_in.weight has shape (24, 16) there and (32, 16) here" in refused(capsys, *more, "a", "--cms-hidden", "2")
     assert not Path("a").exists()
     Path("mine/export/model.safetensors").write_bytes(b"other weights")
