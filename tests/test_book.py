@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -73,11 +74,17 @@ def test_a_label_stands_in_one_place_and_its_tag_agrees() -> None:
     assert not [label for label in everywhere if label.startswith("eq-")], "a label without a display right after it"
 
 
+# The chapters are run twice: by pytest --nbval as their readers do, and here without Triton and with the reference kernels.
+WITHOUT_TRITON = (
+    "import runpy, sys; sys.modules['triton'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
 @by_name
-def test_every_check_fails_when_its_claim_is_perturbed(text: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(BOOK / "make.py"), "--mutate", text.stem], capture_output=True, text=True, timeout=600
-    )
+def test_without_triton_every_check_holds_and_fails_when_its_claim_is_perturbed(text: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TRITON, str(BOOK / "make.py"), "--mutate", text.stem]
+    environment = {**os.environ, "HOPE_KERNELS": "reference"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
 
 
