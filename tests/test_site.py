@@ -144,6 +144,36 @@ def test_a_phone_needs_no_sideways_scrolling(browser, address: str, name: str) -
     page.close()
 
 
+LUMINANCE = """selector => {
+    const ink = getComputedStyle(document.querySelector(selector)).color;
+    const paper = getComputedStyle(document.body).backgroundColor;
+    return [ink, paper].map(colour => {
+        const [red, green, blue] = colour.match(/[0-9.]+/g).map(Number);
+        return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255;
+    });
+}"""
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_the_dark_theme_is_legible_and_figures_stand_on_white(browser, address: str, name: str) -> None:
+    page = browser.new_page(color_scheme="dark")
+    page.goto(f"{address}/{name}.html")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.wait_for_selector("mjx-container mjx-math")
+    for selector in ("article p", "article mjx-math", "article h1"):
+        ink, paper = page.evaluate(LUMINANCE, selector)
+        assert ink - paper > 0.5, (selector, ink, paper)
+    corners = page.evaluate("""() => [...document.querySelectorAll('article img')].map(i => {
+        const canvas = document.createElement('canvas');
+        [canvas.width, canvas.height] = [i.naturalWidth, i.naturalHeight];
+        const context = canvas.getContext('2d');
+        context.drawImage(i, 0, 0);
+        return [...context.getImageData(0, 0, 1, 1).data];
+    })""")
+    assert corners and all(corner == [255, 255, 255, 255] for corner in corners)
+    page.close()
+
+
 def test_a_solution_is_hidden_until_it_is_clicked(browser, address: str) -> None:
     page = Visit(browser, address, f"{CHAPTER}.html").page
     solutions = page.locator("div.solution.dropdown")
