@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import chunk_gates, dgd_chunk, newton_schulz
+from kernels import chunk_gates, dgd_chunk, newton_schulz, uses_triton
 
 INF = float("inf")
 
@@ -597,6 +597,19 @@ class Memory(nn.Module):
             t += n
         return torch.cat(ys, 2), groups
 
+    def _unpack(self, z: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """k, v, q, eta, alpha, theta of streams (b, h, s, e) and gates (b, h, s), with an axis for memories side by side."""
+        c, one = self.config, torch.ones_like(z["k"][..., 0])
+        alpha = self.fixed_alpha.to(one).expand_as(one) if c.decay == "fixed" else z.get("alpha", one)
+        k, v, q, eta, alpha = (w.unsqueeze(2) for w in (z["k"], z["v"], z["q"], z.get("eta", one), alpha))
+        return k, v, q, eta, alpha, z["theta"].unsqueeze(2) if c.momentum else None
+
+    def _step(self, eta: Tensor, x: Tensor) -> Tensor:
+        """The inner step size at the inputs x (..., c, i), (..., c)."""
+        if self.config.step == "exact":
+            return eta / (1 + eta * x.square().sum(-1))
+        return eta / self.config.chunk if self.config.step == "mean" else eta
+
     def _write_and_read(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
         """Tokens that lie within one chunk: streams (b, h, c, e), gates (b, h, c) -> y (b, h, c, e), new groups."""
         c, z = self.config, dict(streams)
@@ -607,11 +620,8 @@ class Memory(nn.Module):
                 if name in self.gates:
                     read = GATES[name](self.gates[name](read))
                 z[name] = F.normalize(read, dim=-1) if c.qk_norm and name in "kq" else read
-        one = torch.ones_like(z["k"][..., 0])
-        alpha = self.fixed_alpha.to(one).expand_as(one) if c.decay == "fixed" else z.get("alpha", one)
-        k, v, y, eta, alpha = (w.unsqueeze(2) for w in (z["k"], z["v"], z["q"], z.get("eta", one), alpha))
-        theta = z["theta"].unsqueeze(2) if c.momentum else None
-        through = chunk_gates(alpha, theta, ema=True)
+        k, v, y, eta, alpha, theta = self._unpack(z)
+        through = None if uses_triton(k) else chunk_gates(alpha, theta, ema=True)  # kernels make their own
         new = {}
         for name, group in groups.items():
             value = v
@@ -624,12 +634,9 @@ class Memory(nn.Module):
             now, momentum = [], []
             gradients = inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)
             for layer, (x, Wx, grad) in enumerate(gradients):
-                step = eta / c.chunk if c.step == "mean" else eta
-                if c.step == "exact":
-                    step = eta / (1 + eta * x.square().sum(-1))
                 weights, m, query = dgd_chunk(
-                    group.now[layer], x, grad, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
-                    m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through, readers=1,
+                    group.now[layer], x, grad, self._step(eta, x), alpha, theta=theta, Q=query, inclusive=c.read == "after",
+                    m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through, readers=1, ema=True,
                     MX=Wx if group.now[layer] is group.anchor[layer] else None,
                 )  # fmt: skip
                 now.append(weights)

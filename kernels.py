@@ -2,16 +2,28 @@
 
 `dgd_chunk` is the recurrence that every parametric memory of `hope.Memory` runs inside a chunk: delta gradient
 descent (eq. 88) with retention and momentum, all tokens of the chunk at once and without a loop. `newton_schulz`
-orthogonalises the momentum of Muon and M3.
+orthogonalises the momentum of Muon and M3. On GPUs Triton kernels compute the same (see `uses_triton`).
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # not for this platform: the reference does everything
+    triton = tl = None
+    jit = lambda fn: fn
 
 
 def _segment_products(a: Tensor) -> Tensor:
@@ -64,6 +76,7 @@ def dgd_chunk(
     gates: tuple | None = None,
     MX: Tensor | None = None,
     readers: int | None = None,
+    ema: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Delta gradient descent over one chunk (eq. 88; with momentum where `theta` is given), exact and loop-free.
 
@@ -81,9 +94,10 @@ def dgd_chunk(
         m: (..., o, i) momentum at the chunk's start; zeros if left out. Needs `theta`.
         Q: (..., c, i) queries, one a token.
         delta: False leaves out the term with M_{t-1} x_t, which makes the rule plain gradient descent.
-        gates: `chunk_gates(alpha, theta)`, for callers who share it between several memories.
+        gates: `chunk_gates(alpha, theta, ema)`, for callers who share it between several memories; kernels make their own.
         MX: (..., c, o) X M^T, for callers who have it already.
         readers: how many memories are read, the last ones along the last leading dimension; all if left out.
+        ema: a write enters the momentum with weight 1 - theta.
 
     Leading dimensions broadcast. Everything is differentiable, and computed in float32 at least.
 
@@ -102,11 +116,23 @@ def dgd_chunk(
             f"dgd_chunk: M {tuple(M.shape)}, X {tuple(X.shape)}, D {tuple(D.shape)} do not fit; "
             "M is (..., o, i), X (..., c, i), D (..., c, o)"
         )
+    if uses_triton(X) and _suits(M, X, D, eta, alpha, m, theta, Q):
+        if Q is not None and readers is not None:
+            n = torch.broadcast_shapes(M.shape[:-2], X.shape[:-2], D.shape[:-2])[-1]
+            Q = Q if Q.shape[-3] == 1 else F.pad(Q, (0, 0, 0, 0, n - readers, 0))
+        M, m, R = _TritonChunk.apply(ema, inclusive, delta, M, m, X, D, Q, eta, alpha, theta)
+        return M, m, R if R is None or readers is None else R[..., -readers:, :, :]
+    return _reference(M, m, X, D, Q, eta, alpha, theta, ema, inclusive, delta, gates, MX, readers)
+
+
+def _reference(M, m, X, D, Q, eta, alpha, theta, ema, inclusive, delta, gates=None, MX=None, readers=None):
+    """`dgd_chunk` in plain PyTorch."""
+    c = X.shape[-2]
     with torch.autocast(X.device.type, enabled=False):
         if X.dtype in (torch.bfloat16, torch.float16):
             M, X, D, eta, alpha = (z.float() for z in (M, X, D, eta, alpha))
             m, theta, Q, MX = (None if z is None else z.float() for z in (m, theta, Q, MX))
-        gamma, decay, gain, gain_m, keep = chunk_gates(alpha, theta) if gates is None else gates
+        gamma, decay, gain, gain_m, keep = chunk_gates(alpha, theta, ema) if gates is None else gates
 
         def left(rows: slice, of_M: Tensor, of_m: Tensor | None, n: int | None = None) -> Tensor:
             """What is left of the start state, or of reads of it, at the times `rows`, for the last n memories or all."""
@@ -280,7 +306,7 @@ class _Chunk(torch.autograd.Function):
         return *d_added[:2], d_at_X, d_added[2], dX, fold(whole(dD), D), d_eta, dQ, *d_gates, None, None, None
 
 
-def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False, delta=True):
+def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False, delta=True, ema=False):
     """The specification of `dgd_chunk`: the same arguments, one token at a time, as the equations are written."""
     momentum = theta is not None
     if momentum and m is None:
@@ -292,7 +318,8 @@ def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False
         before = M
         write = -step * d.unsqueeze(-1) * x.unsqueeze(-2)
         if momentum:
-            m = theta[..., t, None, None] * m + write
+            kept = theta[..., t, None, None]
+            m = kept * m + (write * (1 - kept) if ema else write)
             write = m
         M = keep * M + write
         if delta:
@@ -335,3 +362,747 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     return (X.mT if G.shape[-2] > G.shape[-1] else X).reshape(G.shape).to(G.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which of the two runs
+
+
+def uses_triton(z: Tensor) -> bool:
+    """Whether the Triton kernels run for tensors on z's device, as the environment's HOPE_KERNELS says: "auto" (Triton on
+    GPUs), "reference" or "triton". ValueError for anything else, RuntimeError for "triton" where it can't run."""
+    choice = os.environ.get("HOPE_KERNELS") or "auto"
+    if choice not in ("auto", "reference", "triton"):
+        raise ValueError(f"HOPE_KERNELS is {choice!r}; allowed: auto, reference, triton; unset it for auto")
+    if choice == "triton" and triton is None:
+        raise RuntimeError("HOPE_KERNELS is triton, which is not installed; `pip install triton`, or set it to auto")
+    if choice == "triton" and not z.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+        raise RuntimeError(
+            f"HOPE_KERNELS is triton, which needs a GPU, but tensors are on {z.device}; move them, or set it to auto"
+        )
+    if choice == "auto" and triton is not None and z.is_cuda and (0, 0) < _capability(z.device) < (8, 0):
+        _fall_back("GPUs before sm_80 have no TF32, and the kernels spill there; HOPE_KERNELS=triton tries")
+        return False
+    return triton is not None and (choice == "triton" or choice == "auto" and z.is_cuda)
+
+
+@lru_cache(maxsize=None)
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; (0, 0) for AMD's."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+def _precision(device: torch.device) -> str:
+    """How the chunk kernels multiply, see `_dot`. `torch.set_float32_matmul_precision("high")` allows plain TF32."""
+    if device.type == "cuda" and _capability(device) < (8, 0):  # AMD's multiply float32 as it is
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@lru_cache(maxsize=None)
+def _fall_back(why: str) -> None:
+    warnings.warn(f"kernels: the plain PyTorch reference runs instead of Triton: {why}", stacklevel=3)
+
+
+def _suits(*tensors: Tensor | None) -> bool:
+    """Whether `dgd_chunk`'s kernels take these M, X, ...; a warning, once, says why not."""
+    M, X = tensors[:2]
+    wrong = {z.dtype for z in tensors if z is not None} - {torch.float32, torch.bfloat16, torch.float16}
+    why = None
+    if wrong:
+        why = f"no kernel for {', '.join(map(str, wrong))}; use float32 or bfloat16"
+    elif max(M.shape[-2:]) > 256:
+        why = f"a memory of {M.shape[-2]} x {M.shape[-1]} is wider than 256; use more heads or a smaller `expand`"
+    if why:
+        _fall_back(why)
+    return why is None and X.numel() > 0
+
+
+def _on(device: torch.device):
+    """Kernels are launched on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `dgd_chunk` in Triton. The reference solves one c x c system for a chunk; a kernel goes through the chunk in blocks
+# of BC tokens: a block's system is BC x BC, solved by forward substitution, and what earlier blocks contribute
+# arrives through the memory. Rows of a memory do not depend on each other, so a program has BO of them; one launch
+# covers all sequences, heads, memories and blocks of rows. The memory passes through registers in tiles of BI columns
+# and rests in the cache; gates become BC x BC products in registers. A block is padded to BC tokens that change
+# nothing: eta = 0, x = d = q = 0 and gates 1. Tokens are the last axis of all tiles: x, q (BI, BC), d, p, r (BO, BC),
+# scores and gates [s, t] for a write at s and time t. The compiler stacks the warps of chained products along the
+# first axis: with tokens there, every warp would hold whole memories. Loops keep what does not change in them where
+# it is (`disable_licm`), and barriers separate products: both keep the compiler from holding too much at once, and
+# nothing spills.
+
+
+@jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """a @ b in float32. tf32x3 splits each factor into two of 11 bits and leaves out the product of the small parts, an
+    error of 2^-20 |a| |b|. Triton's own mode of that name holds all four parts in registers at once, and spills."""
+    if PRECISION == "tf32x3":
+        a_high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        y = tl.dot(a - a_high, b_high, input_precision="tf32")
+        y = tl.dot(a_high, b_high, y, input_precision="tf32")
+        return tl.dot(a_high, b - b_high, y, input_precision="tf32")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@jit
+def _matrix(p, o, i, O: tl.constexpr, I: tl.constexpr):
+    """Load rows o and columns i of a matrix (O, I) in float32; 0 outside."""
+    mask = (o < O)[:, None] & (i < I)[None, :]
+    return tl.load(p + o[:, None] * I + i[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _store_matrix(p, value, o, i, O: tl.constexpr, I: tl.constexpr):
+    mask = (o < O)[:, None] & (i < I)[None, :]
+    tl.store(p + o[:, None] * I + i[None, :], value, mask=mask)
+
+
+@jit
+def _tokens(p, row: tl.constexpr, t, i, c, I: tl.constexpr):
+    """Load a block of tokens in float32, (I, BC); a token is `row` numbers after the one before it; 0 outside."""
+    mask = (i < I)[:, None] & (t < c)[None, :]
+    return tl.load(p + t[None, :] * row + i[:, None], mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _store_tokens(p, value, row: tl.constexpr, t, i, c, I: tl.constexpr):
+    mask = (i < I)[:, None] & (t < c)[None, :]
+    tl.store(p + t[None, :] * row + i[:, None], value, mask=mask)
+
+
+@jit
+def _decays(gate, t, c):
+    """Of the gates (BC,) of a block: themselves, and their products before t, after t, of all, and between s and t."""
+    now = tl.load(gate + t, mask=t < c, other=1.0).to(tl.float32)
+    last = tl.load(gate + t - 1, mask=(t > 0) & (t <= c), other=1.0).to(tl.float32)
+    next = tl.load(gate + t + 1, mask=t + 1 < c, other=1.0).to(tl.float32)
+    between = tl.cumprod(tl.where(t[None, :] > t[:, None] + 1, last[None, :], 1.0), 1)
+    between = tl.where(t[None, :] > t[:, None], between, 0.0)
+    before, after = tl.cumprod(last, 0), tl.cumprod(next, 0, reverse=True)
+    everything = tl.sum(tl.where(t == 0, after * now, 0.0))
+    return now, before, tl.where(t < c, after, 0.0), everything, between
+
+
+@jit
+def _gates(alpha, theta, t, c, EMA: tl.constexpr, PRECISION: tl.constexpr):
+    """`_decays` of alpha; then what momentum makes of a write: what M has of it before t (BC, BC) and at the block's end
+    (BC,), the same of the start momentum, what m has of it at the end, and of the start momentum; then what m has of it
+    at t (BC, BC) and of the start momentum at t (BC,), the weights of writes, and `_decays` of theta.
+
+    Without momentum a write reaches M at once, and the rest are placeholders.
+    """
+    now, before, after, everything, between = _decays(alpha, t, c)
+    gain, gain_end, gain_m, gain_m_end, keep, keep_m = between, after, before, everything, after, everything
+    N, start, weight, th_now, th_before, th_after, th_between = between, now, now, now, now, now, between
+    if theta is not None:
+        th_now, th_before, th_after, keep_m, th_between = _decays(theta, t, c)
+        weight = 1.0 - th_now if EMA else tl.full(th_now.shape, 1.0, tl.float32)
+        keep, start = th_after * weight, th_now * th_before
+        N = tl.where(t[:, None] == t[None, :], 1.0, th_now[None, :] * th_between) * weight[:, None]
+        gain, gain_end = _dot(N, between, PRECISION), tl.sum(N * after[None, :], 1)
+        gain_m, gain_m_end = tl.sum(start[:, None] * between, 0), tl.sum(after * start)
+    return (
+        now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m,
+        N, start, weight, th_now, th_before, th_after, th_between,
+    )  # fmt: skip
+
+
+@jit
+def _inverse(A, t):
+    """(1 + A)^-1 for A (BC, BC) strictly upper triangular, by substitution, a token after the other."""
+    T, A_T = tl.where(t[:, None] == t[None, :], 1.0, 0.0), tl.trans(A)
+    for token in tl.range(1, A.shape[0], disable_licm=True):
+        here = t[None, :] == token
+        row = tl.sum(tl.where(t[:, None] == token, A_T, 0.0), 0)
+        T = tl.where(here, T - tl.sum(T * row[None, :], 1)[:, None], T)
+    return T
+
+
+@jit
+def _write(M, m, X, step, d, p, gates, t, o, s, left, O: tl.constexpr, I: tl.constexpr, row: tl.constexpr,
+           to_M, to_m, BI: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A block of writes: rows o of memory M and momentum m, tile by tile, into to_M and to_m."""
+    after, everything, gain_end, gain_m_end, keep, keep_m = gates[2], gates[3], gates[6], gates[8], gates[9], gates[10]
+    writes = gain_end[None, :] * d
+    if p is not None:
+        writes += after[None, :] * p
+    for i0 in tl.range(0, I, BI, disable_licm=True):
+        i = i0 + tl.arange(0, BI)
+        xe = tl.trans(_tokens(X + s * row, row, t, i, left, I) * step[None, :])
+        w = everything * _matrix(M, o, i, O, I) - _dot(writes, xe, PRECISION)
+        if m is not None:
+            w_m = _matrix(m, o, i, O, I)
+            w += gain_m_end * w_m
+            _store_matrix(to_m, keep_m * w_m - _dot(keep[None, :] * d, xe, PRECISION), o, i, O, I)
+        _store_matrix(to_M, w, o, i, O, I)
+
+
+@jit
+def _copy(to, M, o, O: tl.constexpr, I: tl.constexpr, BI: tl.constexpr):
+    """Rows o of a matrix, or zeros if M is None."""
+    for i0 in tl.range(0, I, BI):
+        i = i0 + tl.arange(0, BI)
+        w = tl.zeros((o.shape[0], BI), tl.float32) if M is None else _matrix(M, o, i, O, I)
+        _store_matrix(to, w, o, i, O, I)
+
+
+@jit
+def _chunk_forward(
+    M, m, X, D, Q, eta, alpha, theta, at, M_end, m_end, anchor, R, P, c, chunk,
+    x_row: tl.constexpr, d_row: tl.constexpr, q_row: tl.constexpr,
+    O: tl.constexpr, I: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (memories in all, blocks of rows); at: (n, 8), where each one's part of the eight inputs begins.
+
+    With `anchor`, room for another memory, this scans over chunks: D holds values v, and d = M x - v for the M that its
+    chunk of tokens begins with.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    at += n * 8
+    t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
+    X, D, eta, alpha = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5), alpha + tl.load(at + 6)
+    M_end += n * O * I
+    _copy(M_end, M + tl.load(at), o, O, I, BI)
+    if theta is not None:
+        theta += tl.load(at + 7)
+        m_end += n * O * I
+        _copy(m_end, m if m is None else m + tl.load(at + 1), o, O, I, BI)
+    if Q is not None:
+        Q += tl.load(at + 4)
+    for first in tl.range(0, c, chunk, disable_licm=True):
+        tl.debug_barrier()  # a program's threads read what others of them wrote
+        if anchor is not None:
+            _copy(anchor + n * O * I, M_end, o, O, I, BI)
+            tl.debug_barrier()
+        for s in tl.range(first, min(first + chunk, c), BC, disable_licm=True):
+            left = min(BC, min(first + chunk, c) - s)
+            step = tl.load(eta + s + t, mask=t < left, other=0.0).to(tl.float32)
+            gates = _gates(alpha + s, None if theta is None else theta + s, t, left, EMA, PRECISION)
+            now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[
+                :13
+            ]
+            y, d = tl.zeros((BO, BC), tl.float32), _tokens(D + s * d_row, d_row, t, o, left, O)
+            y_m, r, r_m, scores, q_scores = y, y, y, tl.zeros((BC, BC), tl.float32), tl.zeros((BC, BC), tl.float32)
+            if anchor is not None:
+                d = -d
+            for i0 in tl.range(0, I, BI, disable_licm=True):
+                i = i0 + tl.arange(0, BI)
+                x, w = _tokens(X + s * x_row, x_row, t, i, left, I), _matrix(M_end, o, i, O, I)
+                xe = tl.trans(x * step[None, :])
+                if DELTA:
+                    scores += _dot(xe, x, PRECISION)
+                    y += _dot(w, x, PRECISION)
+                if anchor is not None:
+                    d += _dot(_matrix(anchor + n * O * I, o, i, O, I), x, PRECISION)
+                if Q is not None:
+                    q = _tokens(Q + s * q_row, q_row, t, i, left, I)
+                    q_scores += _dot(xe, q, PRECISION)
+                    r += _dot(w, q, PRECISION)
+                if theta is not None:
+                    w = _matrix(m_end, o, i, O, I)
+                    if DELTA:
+                        y_m += _dot(w, x, PRECISION)
+                    if Q is not None:
+                        r_m += _dot(w, q, PRECISION)
+            p = None
+            if DELTA:
+                p = before[None, :] * y - _dot(d, gain * scores, PRECISION)
+                if theta is not None:
+                    p += gain_m[None, :] * y_m
+                p = _dot(p, _inverse(between * scores, t), PRECISION)
+                if P is not None:
+                    _store_tokens(P + (n * c + s) * O, p, O, t, o, left, O)
+            if Q is not None:
+                if INCLUSIVE:  # one step further: alpha_t times what there was before t, and the write at t
+                    before, gain_m = now * before, now * gain_m + start
+                    between = now[None, :] * between + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+                    gain = between if theta is None else now[None, :] * gain + N
+                r = before[None, :] * r - _dot(d, gain * q_scores, PRECISION)
+                if theta is not None:
+                    r += gain_m[None, :] * r_m
+                if DELTA:
+                    r -= _dot(p, between * q_scores, PRECISION)
+                _store_tokens(R + (n * c + s) * O, r, O, t, o, left, O)
+            tl.debug_barrier()
+            _write(
+                M_end, None if theta is None else m_end, X, step, d, p, gates, t, o, s, left, O, I, x_row,
+                M_end, m_end, BI, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()
+
+
+@jit
+def _decays_backward(d_before, d_after, d_everything, d_between, before, after, between, PRECISION: tl.constexpr):
+    """Gradient of gates (BC,) from those of their products: a product without one factor is a product of two others, so
+    that nothing is divided by a gate, which may be 0."""
+    d = tl.sum(_dot(tl.trans(between), d_between, PRECISION) * between, 1)
+    d += before * tl.sum(between * d_before[None, :], 1)
+    return d + after * (tl.sum(between * d_after[:, None], 0) + d_everything * before)
+
+
+@jit
+def _chunk_states(
+    M, m, X, D, eta, alpha, theta, at, P, states, c, x_row: tl.constexpr, d_row: tl.constexpr,
+    O: tl.constexpr, I: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    EMA: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The states that blocks of tokens start from, (n, blocks, 2, O, I), from P and the gradients, without a solve."""
+    n = tl.program_id(0).to(tl.int64)
+    at += n * 8
+    t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
+    X, D, eta, alpha = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5), alpha + tl.load(at + 6)
+    states += n * tl.cdiv(c, BC) * (2 * O * I)
+    _copy(states, M + tl.load(at), o, O, I, BI)
+    if theta is not None:
+        theta += tl.load(at + 7)
+        _copy(states + O * I, m if m is None else m + tl.load(at + 1), o, O, I, BI)
+    for s in tl.range(0, c - BC, BC, disable_licm=True):
+        tl.debug_barrier()
+        step = tl.load(eta + s + t).to(tl.float32)
+        gates = _gates(alpha + s, None if theta is None else theta + s, t, BC, EMA, PRECISION)
+        d = _tokens(D + s * d_row, d_row, t, o, BC, O)
+        p = _tokens(P + (n * c + s) * O, O, t, o, BC, O) if DELTA else None
+        _write(
+            states, None if theta is None else states + O * I, X, step, d, p, gates, t, o, s, BC, O, I, x_row,
+            states + 2 * O * I, states + 3 * O * I, BI, PRECISION,
+        )  # fmt: skip
+        states += 2 * O * I
+
+
+@jit
+def _chunk_backward(
+    X, D, Q, eta, alpha, theta, at, P, dR, dM, dm, ends, dD, dZ, work, c,
+    x_row: tl.constexpr, d_row: tl.constexpr, q_row: tl.constexpr,
+    O: tl.constexpr, I: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The part of the backward pass that goes from token to token: dM, dm, dD, and dZ (n, c, O), the gradient of what the
+    solve turns into P. On the grid of `_chunk_forward`, block of tokens by block from the last one on.
+
+    dM and dm come as the gradients of the chunk's end and leave as those of its start. Kept for `_chunk_backward_tokens`:
+    ends (n, blocks, 2, O, I), the gradients of the blocks' ends, and what gates need in `work`, see there.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    at += n * 8
+    t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
+    X, D, eta, alpha = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5), alpha + tl.load(at + 6)
+    ends += (n + 1) * tl.cdiv(c, BC) * (2 * O * I)
+    work += (n * tl.num_programs(1) + tl.program_id(1) + 1) * tl.cdiv(c, BC) * ((5 * BC + 9) * BC)
+    dM += n * O * I
+    if theta is not None:
+        theta += tl.load(at + 7)
+        dm += n * O * I
+    if Q is not None:
+        Q += tl.load(at + 4)
+    for block in tl.range(0, tl.cdiv(c, BC), disable_licm=True):
+        s = (tl.cdiv(c, BC) - 1 - block) * BC
+        ends -= 2 * O * I
+        work -= (5 * BC + 9) * BC
+        line = work + 5 * BC * BC + t
+        left = min(BC, c - s)
+        step = tl.load(eta + s + t, mask=t < left, other=0.0).to(tl.float32)
+        gates = _gates(alpha + s, None if theta is None else theta + s, t, left, EMA, PRECISION)
+        now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[:13]
+        u = tl.zeros((BO, BC), tl.float32)  # the gradient of a write at each token, as far as it comes from the end
+        u_m, scores, q_scores = u, tl.zeros((BC, BC), tl.float32), tl.zeros((BC, BC), tl.float32)
+        for i0 in tl.range(0, I, BI, disable_licm=True):
+            i = i0 + tl.arange(0, BI)
+            x = _tokens(X + s * x_row, x_row, t, i, left, I)
+            xe = x * step[None, :]
+            u += _dot(_matrix(dM, o, i, O, I), xe, PRECISION)
+            if theta is not None:
+                u_m += _dot(_matrix(dm, o, i, O, I), xe, PRECISION)
+            if DELTA:
+                scores += _dot(tl.trans(xe), x, PRECISION)
+            if Q is not None:
+                q_scores += _dot(tl.trans(xe), _tokens(Q + s * q_row, q_row, t, i, left, I), PRECISION)
+        d = _tokens(D + s * d_row, d_row, t, o, left, O)
+        dd = -gain_end[None, :] * u
+        tl.store(line, -tl.sum(d * u, 0))
+        if DELTA:
+            dz = -after[None, :] * u
+            tl.store(line + BC, -tl.sum(_tokens(P + (n * c + s) * O, O, t, o, left, O) * u, 0))
+        if theta is not None:
+            dd -= keep[None, :] * u_m
+            tl.store(line + 2 * BC, -tl.sum(d * u_m, 0))
+        before_q, gain_m_q = before, gain_m
+        if Q is not None:
+            dy = _tokens(dR + (n * c + s) * O, O, t, o, left, O)
+            b_q, g_q = between, gain
+            if INCLUSIVE:
+                before_q, gain_m_q = now * before, now * gain_m + start
+                b_q = now[None, :] * between + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+                g_q = b_q if theta is None else now[None, :] * gain + N
+            dd -= _dot(dy, tl.trans(g_q * q_scores), PRECISION)
+            if DELTA:
+                dz -= _dot(dy, tl.trans(b_q * q_scores), PRECISION)
+        if DELTA:  # p = (what a read at x would give without p) T: the gradient of a read with dy = dz
+            dz = _dot(dz, tl.trans(_inverse(between * scores, t)), PRECISION)
+            dd -= _dot(dz, tl.trans(gain * scores), PRECISION)
+            _store_tokens(dZ + (n * c + s) * O, dz, O, t, o, left, O)
+        _store_tokens(dD + (n * c + s) * O, dd, O, t, o, left, O)
+        tl.debug_barrier()
+        for i0 in tl.range(0, I, BI, disable_licm=True):
+            i = i0 + tl.arange(0, BI)
+            end = _matrix(dM, o, i, O, I)
+            _store_matrix(ends, end, o, i, O, I)
+            w = everything * end
+            if theta is not None:
+                end_m = _matrix(dm, o, i, O, I)
+                _store_matrix(ends + O * I, end_m, o, i, O, I)
+                w_m = gain_m_end * end + keep_m * end_m
+            if DELTA:
+                x, dz = (
+                    tl.trans(_tokens(X + s * x_row, x_row, t, i, left, I)),
+                    _tokens(dZ + (n * c + s) * O, O, t, o, left, O),
+                )
+                w += _dot(before[None, :] * dz, x, PRECISION)
+                if theta is not None:
+                    w_m += _dot(gain_m[None, :] * dz, x, PRECISION)
+            if Q is not None:
+                q, dy = (
+                    tl.trans(_tokens(Q + s * q_row, q_row, t, i, left, I)),
+                    _tokens(dR + (n * c + s) * O, O, t, o, left, O),
+                )
+                w += _dot(before_q[None, :] * dy, q, PRECISION)
+                if theta is not None:
+                    w_m += _dot(gain_m_q[None, :] * dy, q, PRECISION)
+            tl.debug_barrier()
+            _store_matrix(dM, w, o, i, O, I)
+            if theta is not None:
+                _store_matrix(dm, w_m, o, i, O, I)
+        tl.debug_barrier()
+
+
+@jit
+def _chunk_backward_tokens(
+    X, D, Q, eta, alpha, theta, at, P, dR, states, ends, dZ, work, dX, dQ, d_eta, c,
+    x_row: tl.constexpr, d_row: tl.constexpr, q_row: tl.constexpr,
+    O: tl.constexpr, I: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dX, dQ and d_eta, for all blocks of tokens at once: the grid has them as its last axis.
+
+    What all rows share comes in parts, one for each block of rows: dX, dQ (blocks of rows, n, c, I), d_eta (.., n, c) and
+    work (n, blocks of rows, blocks, 5 BC + 9, BC): the gradients of scores of q, of scores of x, of `between`, of `gain`
+    and of what `gain` has at t itself; then lines for those of gain_end, after, keep, the gate, before and gain_m as
+    x and as q see them, and of everything, gain_m_end, keep_m.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(2) * BC
+    left = min(BC, c - s)
+    part = (tl.program_id(1) * tl.num_programs(0) + n) * c + s
+    at += n * 8
+    t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
+    X, D = X + tl.load(at + 2) + s * x_row, D + tl.load(at + 3) + s * d_row
+    eta, alpha = eta + tl.load(at + 5) + s, alpha + tl.load(at + 6) + s
+    state = (n * tl.num_programs(2) + tl.program_id(2)) * (2 * O * I)
+    states, ends = states + state, ends + state
+    work += ((n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)) * ((5 * BC + 9) * BC)
+    tokens = (n * c + s) * O
+    if theta is not None:
+        theta += tl.load(at + 7) + s
+    if Q is not None:
+        Q += tl.load(at + 4) + s * q_row
+    step = tl.load(eta + t, mask=t < left, other=0.0).to(tl.float32)
+    gates = _gates(alpha, theta, t, left, EMA, PRECISION)
+    now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[:13]
+    d_now, d_between, d_gain = (
+        tl.zeros((BC,), tl.float32),
+        tl.zeros((BC, BC), tl.float32),
+        tl.zeros((BC, BC), tl.float32),
+    )
+    if INCLUSIVE and Q is None:
+        _store_matrix(work + 4 * BC * BC, d_gain, t, t, BC, BC)
+    before_q, gain_m_q = before, gain_m
+    if Q is not None:
+        scores = tl.zeros((BC, BC), tl.float32)
+        for i0 in tl.range(0, I, BI, disable_licm=True):
+            i = i0 + tl.arange(0, BI)
+            xe = tl.trans(_tokens(X, x_row, t, i, left, I) * step[None, :])
+            scores += _dot(xe, _tokens(Q, q_row, t, i, left, I), PRECISION)
+        b_q, g_q = between, gain
+        if INCLUSIVE:
+            before_q, gain_m_q = now * before, now * gain_m + start
+            b_q = now[None, :] * between + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+            g_q = b_q if theta is None else now[None, :] * gain + N
+        part_of = _dot(tl.trans(_tokens(D, d_row, t, o, left, O)), _tokens(dR + tokens, O, t, o, left, O), PRECISION)
+        dS, d_gain = g_q * part_of, -scores * part_of
+        tl.debug_barrier()
+        if DELTA:
+            dy = _tokens(dR + tokens, O, t, o, left, O)
+            part_of = _dot(tl.trans(_tokens(P + tokens, O, t, o, left, O)), dy, PRECISION)
+            dS += b_q * part_of
+            d_between = -scores * part_of
+        _store_matrix(work, dS, t, t, BC, BC)
+        if INCLUSIVE:
+            d_now += tl.sum(d_gain * gain + d_between * between, 0)
+            _store_matrix(work + 4 * BC * BC, d_gain, t, t, BC, BC)
+            d_gain, d_between = now[None, :] * d_gain, now[None, :] * d_between
+    if DELTA:
+        scores = tl.zeros((BC, BC), tl.float32)
+        for i0 in tl.range(0, I, BI, disable_licm=True):
+            x = _tokens(X, x_row, t, i0 + tl.arange(0, BI), left, I)
+            scores += _dot(tl.trans(x * step[None, :]), x, PRECISION)
+        tl.debug_barrier()
+        dz = _tokens(dZ + tokens, O, t, o, left, O)
+        part_of = _dot(tl.trans(_tokens(D, d_row, t, o, left, O)), dz, PRECISION)
+        dS = gain * part_of
+        d_gain -= scores * part_of
+        tl.debug_barrier()
+        dz = _tokens(dZ + tokens, O, t, o, left, O)
+        part_of = _dot(tl.trans(_tokens(P + tokens, O, t, o, left, O)), dz, PRECISION)
+        _store_matrix(work + BC * BC, dS + between * part_of, t, t, BC, BC)
+        d_between -= scores * part_of
+    _store_matrix(work + 2 * BC * BC, d_between, t, t, BC, BC)
+    _store_matrix(work + 3 * BC * BC, d_gain, t, t, BC, BC)
+    tl.debug_barrier()
+
+    d_before, d_before_q, d_gain_m, d_gain_m_q, d_step = (tl.zeros((BC,), tl.float32),) * 5
+    d_everything = tl.sum(d_step)
+    d_gain_m_end, d_keep_m = d_everything, d_everything
+    for i0 in tl.range(0, I, BI, disable_licm=True):
+        i = i0 + tl.arange(0, BI)
+        w, end = _matrix(states, o, i, O, I), _matrix(ends, o, i, O, I)
+        d_everything += tl.sum(w * end)
+        if theta is not None:
+            w_m = _matrix(states + O * I, o, i, O, I)
+            d_gain_m_end += tl.sum(w_m * end)
+            d_keep_m += tl.sum(w_m * _matrix(ends + O * I, o, i, O, I))
+        tl.debug_barrier()
+        if Q is not None:
+            q, dy = _tokens(Q, q_row, t, i, left, I), _tokens(dR + tokens, O, t, o, left, O)
+            read = _dot(tl.trans(_matrix(states, o, i, O, I)), dy, PRECISION)
+            dq = before_q[None, :] * read
+            if INCLUSIVE:
+                d_before_q += tl.sum(q * read, 0)
+            else:
+                d_before += tl.sum(q * read, 0)
+            tl.debug_barrier()
+            if theta is not None:
+                dy = _tokens(dR + tokens, O, t, o, left, O)
+                read = _dot(tl.trans(_matrix(states + O * I, o, i, O, I)), dy, PRECISION)
+                dq += gain_m_q[None, :] * read
+                if INCLUSIVE:
+                    d_gain_m_q += tl.sum(q * read, 0)
+                else:
+                    d_gain_m += tl.sum(q * read, 0)
+            xe = _tokens(X, x_row, t, i, left, I) * step[None, :]
+            dq -= _dot(xe, _matrix(work, t, t, BC, BC), PRECISION)
+            _store_tokens(dQ + part * I, dq, I, t, i, left, I)
+    for i0 in tl.range(0, I, BI, disable_licm=True):
+        i = i0 + tl.arange(0, BI)
+        dx, dxe = tl.zeros((BI, BC), tl.float32), tl.zeros((BI, BC), tl.float32)
+        writes = gain_end[None, :] * _tokens(D, d_row, t, o, left, O)
+        if DELTA:
+            x, dz = _tokens(X, x_row, t, i, left, I), _tokens(dZ + tokens, O, t, o, left, O)
+            read = _dot(tl.trans(_matrix(states, o, i, O, I)), dz, PRECISION)
+            d_before += tl.sum(x * read, 0)
+            dx += before[None, :] * read
+            tl.debug_barrier()
+            if theta is not None:
+                read = _dot(
+                    tl.trans(_matrix(states + O * I, o, i, O, I)), _tokens(dZ + tokens, O, t, o, left, O), PRECISION
+                )
+                x = _tokens(X, x_row, t, i, left, I)
+                d_gain_m += tl.sum(x * read, 0)
+                dx += gain_m[None, :] * read
+                tl.debug_barrier()
+                x = _tokens(X, x_row, t, i, left, I)
+            dS = _matrix(work + BC * BC, t, t, BC, BC)
+            dx -= _dot(x * step[None, :], dS, PRECISION)
+            dxe -= _dot(x, tl.trans(dS), PRECISION)
+            tl.debug_barrier()
+            writes += after[None, :] * _tokens(P + tokens, O, t, o, left, O)
+        dxe -= _dot(tl.trans(_matrix(ends, o, i, O, I)), writes, PRECISION)
+        tl.debug_barrier()
+        if theta is not None:
+            writes = keep[None, :] * _tokens(D, d_row, t, o, left, O)
+            dxe -= _dot(tl.trans(_matrix(ends + O * I, o, i, O, I)), writes, PRECISION)
+            tl.debug_barrier()
+        if Q is not None:
+            dS = _matrix(work, t, t, BC, BC)
+            dxe -= _dot(_tokens(Q, q_row, t, i, left, I), tl.trans(dS), PRECISION)
+        d_step += tl.sum(dxe * _tokens(X, x_row, t, i, left, I), 0)
+        _store_tokens(dX + part * I, dx + dxe * step[None, :], I, t, i, left, I)
+        tl.debug_barrier()
+    tl.store(d_eta + part + t, d_step, mask=t < left)
+    line = work + 5 * BC * BC + t
+    tl.store(line + 3 * BC, d_now)
+    tl.store(line + 4 * BC, d_before)
+    tl.store(line + 5 * BC, d_before_q)
+    tl.store(line + 6 * BC, d_gain_m)
+    tl.store(line + 7 * BC, d_gain_m_q)
+    tl.store(line + 8 * BC, tl.where(t == 0, d_everything, tl.where(t == 1, d_gain_m_end, d_keep_m)))
+
+
+@jit
+def _chunk_backward_gates(
+    alpha, theta, at, work, d_alpha, d_theta, c, ROWS: tl.constexpr,
+    BC: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d_alpha, d_theta (n, c) from the products of gates, whose gradients are in `work`, a part for each of ROWS blocks of
+    rows. Grid (n, blocks of tokens)."""
+    n = tl.program_id(0).to(tl.int64)
+    s, t = tl.program_id(1) * BC, tl.arange(0, BC)
+    left = min(BC, c - s)
+    alpha += tl.load(at + n * 8 + 6) + s
+    if theta is not None:
+        theta += tl.load(at + n * 8 + 7) + s
+    work += (n * ROWS * tl.num_programs(1) + tl.program_id(1)) * ((5 * BC + 9) * BC)
+    d_between, d_gain, dN = (tl.zeros((BC, BC), tl.float32),) * 3
+    d_gain_end, d_after, d_keep, d_now, d_before, d_before_q, d_gain_m, d_gain_m_q, scalars = (
+        tl.zeros((BC,), tl.float32),
+    ) * 9
+    for b in range(0, ROWS):
+        line = work + 5 * BC * BC + t
+        d_between += _matrix(work + 2 * BC * BC, t, t, BC, BC)
+        d_gain += _matrix(work + 3 * BC * BC, t, t, BC, BC)
+        d_gain_end += tl.load(line)
+        if DELTA:
+            d_after += tl.load(line + BC)
+        if theta is not None:
+            d_keep += tl.load(line + 2 * BC)
+            if INCLUSIVE:
+                dN += _matrix(work + 4 * BC * BC, t, t, BC, BC)
+        d_now += tl.load(line + 3 * BC)
+        d_before += tl.load(line + 4 * BC)
+        d_before_q += tl.load(line + 5 * BC)
+        d_gain_m += tl.load(line + 6 * BC)
+        d_gain_m_q += tl.load(line + 7 * BC)
+        scalars += tl.load(line + 8 * BC)
+        work += tl.num_programs(1) * ((5 * BC + 9) * BC)
+    d_everything = tl.sum(tl.where(t == 0, scalars, 0.0))
+    (
+        now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m,
+        N, start, weight, th_now, th_before, th_after, th_between,
+    ) = _gates(alpha, theta, t, left, EMA, PRECISION)  # fmt: skip
+    if INCLUSIVE:
+        d_now += d_before_q * before
+        d_before += now * d_before_q
+    if theta is None:
+        d_between += d_gain
+        d_after += d_gain_end
+    else:
+        d_gain_m_end, d_keep_m = tl.sum(tl.where(t == 1, scalars, 0.0)), tl.sum(tl.where(t == 2, scalars, 0.0))
+        dN += d_gain_end[:, None] * after[None, :]
+        d_start = d_gain_m_end * after
+        if INCLUSIVE:
+            d_now += d_gain_m_q * gain_m
+            d_start += d_gain_m_q
+            d_gain_m += now * d_gain_m_q
+        d_start += tl.sum(between * d_gain_m[None, :], 1)
+        d_between += _dot(tl.trans(N), d_gain, PRECISION) + start[:, None] * d_gain_m[None, :]
+        d_after += tl.sum(N * d_gain_end[:, None], 0) + d_gain_m_end * start
+        dN += _dot(d_gain, tl.trans(between), PRECISION)
+        d_theta_now = tl.sum(dN * weight[:, None] * th_between, 0) + d_start * th_before
+        if EMA:
+            inclusive = tl.where(t[:, None] == t[None, :], 1.0, th_now[None, :] * th_between)
+            d_theta_now -= tl.sum(dN * inclusive, 1) + d_keep * th_after
+        d_theta_now += _decays_backward(
+            th_now * d_start, d_keep * weight, d_keep_m, th_now[None, :] * dN * weight[:, None],
+            th_before, th_after, th_between, PRECISION,
+        )  # fmt: skip
+        tl.store(d_theta + n * c + s + t, d_theta_now, mask=t < left)
+    d_now += _decays_backward(d_before, d_after, d_everything, d_between, before, after, between, PRECISION)
+    tl.store(d_alpha + n * c + s + t, d_now, mask=t < left)
+
+
+def _blocks(o: int, i: int, BO: int) -> dict:
+    """Sizes of the chunk kernels' tiles. A warp has 16 rows of a memory; more, or wider tiles, and registers run out."""
+    return dict(O=o, I=i, BC=16, BO=BO, BI=16, num_warps=BO // 16, num_stages=1)
+
+
+@lru_cache(maxsize=512)
+def _begins(lead: tuple, layouts: tuple, device: torch.device) -> Tensor:
+    """(n, k) int64: where the part of each of n = prod(lead) memories begins in k tensors of these leading (shape, stride)."""
+    columns = []
+    for layout in layouts:
+        at = torch.zeros((), dtype=torch.int64)
+        for size, stride in zip(*layout):
+            at = at.unsqueeze(-1) + stride * torch.arange(size)
+        columns.append(at.expand(lead).reshape(-1))
+    return torch.stack(columns, -1).contiguous().to(device)
+
+
+def _launch(inputs: tuple, ema: bool, inclusive: bool, delta: bool, chunk: int | None = None, keep_P: bool = False):
+    """Run `_chunk_forward`; `chunk` makes it the scan over chunks. Returns M, m, R, P and what the backward pass needs."""
+    (o, i), c = inputs[0].shape[-2:], inputs[2].shape[-2]
+    packed = lambda z, k: z.stride(-1) == 1 and (k > 1 or z.stride(-2) == z.shape[-1])
+    inputs = tuple(None if z is None else z if packed(z, k) else z.contiguous() for k, z in enumerate(inputs))
+    leads = [
+        ((), ()) if z is None else (z.shape[:-k], z.stride()[:-k]) for z, k in zip(inputs, (2, 2, 2, 2, 2, 1, 1, 1))
+    ]
+    lead = torch.broadcast_shapes(*(shape for shape, _ in leads))
+    M, m, X, D, Q, eta, alpha, theta = inputs
+    at = _begins(tuple(lead), tuple((tuple(a), tuple(b)) for a, b in leads), X.device)
+    new = lambda *shape: torch.empty(*lead, *shape, dtype=torch.float32, device=X.device)
+    M_end, m_end, anchor = new(o, i), None if theta is None else new(o, i), None if chunk is None else new(o, i)
+    R, P = None if Q is None else new(c, o), new(c, o) if keep_P and delta else None
+    rows = dict(x_row=X.stride(-2), d_row=D.stride(-2), q_row=0 if Q is None else Q.stride(-2))
+    sizes, flags = _blocks(o, i, 32 if o > 16 else 16), dict(EMA=ema, DELTA=delta, PRECISION=_precision(X.device))
+    grid = (len(at), -(-o // sizes["BO"]))
+    with _on(X.device):
+        _chunk_forward[grid](
+            *inputs, at, M_end, m_end, anchor, R, P, c, chunk or c, **rows, **sizes, **flags, INCLUSIVE=inclusive
+        )
+    return M_end, m_end, R, P, inputs, (at, lead, {**rows, **flags})
+
+
+class _TritonChunk(torch.autograd.Function):
+    """`dgd_chunk` by the kernels: one launch forward, four backward; only P is stored."""
+
+    @staticmethod
+    def forward(ctx, ema, inclusive, delta, *inputs):
+        M, m, R, P, inputs, ctx.call = _launch(inputs, ema, inclusive, delta, keep_P=any(ctx.needs_input_grad))
+        ctx.save_for_backward(*inputs, P)
+        ctx.flags = ema, inclusive, delta
+        ctx.set_materialize_grads(False)
+        return M, m, R
+
+    @staticmethod
+    def backward(ctx, dM, dm, dR):
+        *inputs, P = ctx.saved_tensors
+        M, m, X, D, Q, eta, alpha, theta = inputs
+        if torch.is_grad_enabled():  # a second derivative is wanted: the reference's backward pass has one
+            inputs = _aliases(*inputs)
+            outs = _reference(*inputs, *ctx.flags)
+            outs, grads = zip(*((z, g) for z, g in zip(outs, (dM, dm, dR)) if z is not None and g is not None))
+            wanted = [z for z in inputs if z is not None and z.requires_grad]
+            got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
+            return None, None, None, *(next(got) if z is not None and z.requires_grad else None for z in inputs)
+        (at, lead, flags), (o, i), c = ctx.call, M.shape[-2:], X.shape[-2]
+        flags = {**flags, **_blocks(o, i, 16)}
+        BC, grid = flags["BC"], (len(at), -(-o // flags["BO"]))
+        blocks = -(-c // BC)
+        new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=X.device)
+        of_end = lambda g: new(*lead, o, i).zero_() if g is None else g.clone(memory_format=torch.contiguous_format)
+        dM, dm = of_end(dM), None if theta is None else of_end(dm)
+        dR, Q = (None, None) if dR is None else (dR.contiguous(), Q)
+        part = lambda z, *shape: None if z is None else new(grid[1], *lead, *shape)
+        dX, dQ, d_eta = part(X, c, i), part(Q, c, i), part(eta, c)
+        d_alpha, d_theta = new(*lead, c), None if theta is None else new(*lead, c)
+        dD, dZ = new(*lead, c, o), None if P is None else new(len(at), c, o)
+        states, ends = new(len(at), blocks, 2, o, i), new(len(at), blocks, 2, o, i)
+        work = new(*grid, blocks, 5 * BC + 9, BC)
+        shared = (X, D, Q, eta, alpha, theta, at, P, dR)
+        with _on(X.device):
+            plain = {k: flags[k] for k in flags if k != "q_row"}
+            _chunk_states[grid](M, m, X, D, eta, alpha, theta, at, P, states, c, **plain)
+            flags["INCLUSIVE"] = ctx.flags[1]
+            _chunk_backward[grid](*shared, dM, dm, ends, dD, dZ, work, c, **flags)
+            _chunk_backward_tokens[(*grid, blocks)](*shared, states, ends, dZ, work, dX, dQ, d_eta, c, **flags)
+            flags = {k: flags[k] for k in ("BC", "EMA", "DELTA", "INCLUSIVE", "PRECISION")}
+            _chunk_backward_gates[(len(at), blocks)](
+                alpha, theta, at, work, d_alpha, d_theta, c, grid[1], **flags, num_warps=1
+            )
+        dX, dQ, d_eta = (None if z is None else z.sum(0) for z in (dX, dQ, d_eta))
+        grads = dM, dm, dX, dD, dQ, d_eta, d_alpha, d_theta
+        fold = lambda g, z: None if z is None or g is None else g.sum_to_size(z.shape).to(z.dtype)
+        return None, None, None, *(fold(g, z) for g, z in zip(grads, inputs))
