@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import chunk_gates, dgd_chunk, newton_schulz, uses_triton
+from kernels import chunk_gates, dgd_chunk, dgd_scan, newton_schulz, uses_triton
 
 INF = float("inf")
 
@@ -585,7 +585,13 @@ class Memory(nn.Module):
 
     def _span(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
         """Any number of tokens from time t on: streams (b, h, s, e), gates (b, h, s) -> y (b, h, s, e), new groups."""
-        c, ys = self.config, []
+        c, ys, k = self.config, [], streams.get("k")
+        given = c.depth == 1 and not self.adaptive and not c.self_values and c.read != "chunk" and t % c.chunk == 0
+        if given and k.shape[2] > c.chunk and not torch.is_grad_enabled() and uses_triton(k):
+            # Such a memory's chunks need nothing but its state: all but the last of them, which stays open, in one launch.
+            n = (k.shape[2] - 1) // c.chunk * c.chunk
+            y, groups = self._scan({name: z[:, :, :n] for name, z in streams.items()}, groups)
+            streams, ys, t = {name: z[:, :, n:] for name, z in streams.items()}, [y], t + n
         for n, piece in cut_streams(streams, lambda s: min(size - (t + s) % size for size in (c.chunk, c.chunk_proj))):
             if t % c.chunk_proj == 0 and "proj" in groups:
                 groups = {**groups, "proj": replace(groups["proj"], anchor=groups["proj"].now)}
@@ -609,6 +615,16 @@ class Memory(nn.Module):
         if self.config.step == "exact":
             return eta / (1 + eta * x.square().sum(-1))
         return eta / self.config.chunk if self.config.step == "mean" else eta
+
+    def _scan(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
+        """Whole chunks of a linear memory with given keys and values, by `kernels.dgd_scan`: y (b, h, s, e), new groups."""
+        c, group = self.config, groups["main"]
+        k, v, q, eta, alpha, theta = self._unpack(streams)
+        M, m, y = dgd_scan(
+            group.now[0], k, v, self._step(eta, k), alpha, chunk=c.chunk, objective=c.objective, theta=theta, Q=q,
+            m=group.momentum[0] if c.momentum else None, inclusive=c.read == "after", delta=c.rule == "dgd", ema=True,
+        )  # fmt: skip
+        return y.squeeze(2), {**groups, "main": Weights([M], [m] if c.momentum else None, group.anchor)}
 
     def _write_and_read(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
         """Tokens that lie within one chunk: streams (b, h, c, e), gates (b, h, c) -> y (b, h, c, e), new groups."""

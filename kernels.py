@@ -1,8 +1,9 @@
 """The inner loops of Nested Learning, each written first as the plain PyTorch that defines it.
 
 `dgd_chunk` is the recurrence that every parametric memory of `hope.Memory` runs inside a chunk: delta gradient
-descent (eq. 88) with retention and momentum, all tokens of the chunk at once and without a loop. `newton_schulz`
-orthogonalises the momentum of Muon and M3. On GPUs Triton kernels compute the same (see `uses_triton`).
+descent (eq. 88) with retention and momentum, all tokens of the chunk at once and without a loop; `dgd_scan` runs it over
+many chunks. `newton_schulz` orthogonalises the momentum of Muon and M3. On GPUs Triton kernels compute the same (see
+`uses_triton`); which of them runs is the only difference.
 """
 
 from __future__ import annotations
@@ -304,6 +305,49 @@ class _Chunk(torch.autograd.Function):
             d_decay, d_gain = d_decay + d_gain, None
         d_gates = d_decay, d_gain, d_keep
         return *d_added[:2], d_at_X, d_added[2], dX, fold(whole(dD), D), d_eta, dQ, *d_gates, None, None, None
+
+
+def dgd_scan(
+    M: Tensor,
+    X: Tensor,
+    V: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    *,
+    chunk: int,
+    objective: str,
+    m: Tensor | None = None,
+    theta: Tensor | None = None,
+    Q: Tensor | None = None,
+    inclusive: bool = False,
+    delta: bool = True,
+    ema: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`dgd_chunk` for a linear memory over all tokens (..., t, .), `chunk` after `chunk`, each with the gradients of the
+    inner loss at its start: M x - v for the objective "l2", -v for "dot" (eq. 90 with M_0 of the chunk that runs).
+
+    V: (..., t, o) values; the rest as in `dgd_chunk`. By the kernels this is one launch, in which memories stay on the
+    GPU from chunk to chunk; it has no backward pass, so that with gradients the chunks run one by one.
+    ValueError for another objective, or a chunk below 1.
+    """
+    if objective not in ("dot", "l2") or chunk < 1:
+        raise ValueError(
+            f"dgd_scan: objective is {objective!r}, chunk {chunk}; allowed: 'dot' or 'l2', 1 or more tokens"
+        )
+    inputs = (M, m, X, V, Q, eta, alpha, theta)
+    wanted = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in inputs)
+    if not wanted and uses_triton(X) and _suits(M, X, V, eta, alpha, m, theta, Q):
+        if objective == "dot":  # the same whatever the chunk
+            return _launch((M, m, X, -V, Q, eta, alpha, theta), ema, inclusive, delta)[:3]
+        return _launch(inputs, ema, inclusive, delta, chunk)[:3]
+    reads = []
+    for s in range(0, X.shape[-2], chunk):
+        x, v, q = (None if z is None else z[..., s : s + chunk, :] for z in (X, V, Q))
+        step, a, b = (None if z is None else z[..., s : s + chunk] for z in (eta, alpha, theta))
+        d = x @ M.mT - v if objective == "l2" else -v
+        M, m, R = dgd_chunk(M, x, d, step, a, m=m, theta=b, Q=q, inclusive=inclusive, delta=delta, ema=ema)
+        reads.append(R)
+    return M, m, None if Q is None else torch.cat(reads, -2)
 
 
 def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False, delta=True, ema=False):

@@ -18,7 +18,7 @@ import torch
 
 import hope
 import kernels
-from kernels import dgd_chunk, dgd_loop
+from kernels import dgd_chunk, dgd_loop, dgd_scan
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -184,6 +184,20 @@ def test_three_passes_make_up_for_what_tf32_loses(monkeypatch, precision, low, h
 
 
 @gpu
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+def test_a_scan_over_chunks_equals_the_chunks(objective, monkeypatch):
+    args = inputs(45, 20, 18, gate=None)
+    call = lambda: dgd_scan(
+        args["M"], args["X"], args["D"], args["eta"], args["alpha"], m=args["m"], theta=args["theta"], Q=args["Q"],
+        chunk=20, objective=objective, ema=True,
+    )  # fmt: skip
+    got = call()
+    monkeypatch.setenv("HOPE_KERNELS", "reference")
+    for a, b in zip(got, call()):
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+@gpu
 @pytest.mark.parametrize("preset", ["hope", "deltanet"])
 def test_a_memory_layer_is_the_same_by_either(preset, monkeypatch):
     layer = hope.Memory(hope.MemoryConfig.preset(preset, d_model=8, n_head=1, chunk=16, chunk_proj=16)).to(DEVICE)
@@ -274,3 +288,9 @@ else:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_bad_scan_is_refused():
+    args = [torch.zeros(2, 2)] * 3 + [torch.zeros(2)] * 2
+    with pytest.raises(ValueError, match="objective is 'cosine', chunk 4"):
+        dgd_scan(*args, chunk=4, objective="cosine")
