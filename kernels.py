@@ -402,9 +402,11 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     tiny = torch.finfo(X.dtype).tiny
     X = X / X.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
     X = (X / X.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=tiny)).to(dtype)
+    fast = X.dtype != torch.float64 and X.numel() and uses_triton(X)
     for _ in range(steps):
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        A = _symmetric(X) if fast else X @ X.mT
+        B = _symmetric(A, A, b, c) if fast else torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
     return (X.mT if G.shape[-2] > G.shape[-1] else X).reshape(G.shape).to(G.dtype)
 
 
@@ -1150,3 +1152,61 @@ class _TritonChunk(torch.autograd.Function):
         grads = dM, dm, dX, dD, dQ, d_eta, d_alpha, d_theta
         fold = lambda g, z: None if z is None or g is None else g.sum_to_size(z.shape).to(z.dtype)
         return None, None, None, *(fold(g, z) for g, z in zip(grads, inputs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Newton-Schulz in Triton: of its three products two are symmetric, and half of such a product is enough.
+
+
+@jit
+def _symmetric_product(
+    X, C, Y, M, K, beta, alpha, HAS_C: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Y = beta C + alpha X X^T for X (n, M, K), Y and a symmetric C (n, M, M). Grid (tiles from the diagonal down, n)."""
+    p, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = ((tl.sqrt(8.0 * p + 1.0) - 1.0) / 2.0).to(
+        tl.int32
+    )  # rows above hold row (row + 1) / 2 tiles; the root may be off
+    row = tl.where(row * (row + 1) // 2 > p, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= p, row + 1, row)
+    i, j = row * B + tl.arange(0, B), (p - row * (row + 1) // 2) * B + tl.arange(0, B)
+    k, X = tl.arange(0, BK), X + n * M * K
+    y = tl.zeros((B, B), tl.float32)
+    for k0 in range(0, K, BK):
+        a = tl.load(X + i[:, None] * K + k0 + k[None, :], mask=(i < M)[:, None] & (k0 + k < K)[None, :], other=0.0)
+        b = tl.load(X + j[:, None] * K + k0 + k[None, :], mask=(j < M)[:, None] & (k0 + k < K)[None, :], other=0.0)
+        y += tl.dot(a, tl.trans(b)) if PRECISION == "half" else _dot(a, tl.trans(b), PRECISION)
+    y *= alpha
+    here = (i < M)[:, None] & (j < M)[None, :]
+    at = n * M * M + i[:, None] * M + j[None, :]
+    if HAS_C:
+        y += beta * tl.load(C + at, mask=here, other=0.0).to(tl.float32)
+    tl.store(Y + at, y, mask=here)
+    tl.store(Y + n * M * M + i[:, None] + j[None, :] * M, y, mask=here & (j[None, :] < row * B))  # off the diagonal
+
+
+def _symmetric(X: Tensor, C: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """beta C + alpha X X^T for X (n, m, k) and a symmetric C (n, m, m), in X's dtype, accumulated in float32."""
+    X = X.contiguous()
+    n, m, k = X.shape
+    Y = torch.empty(n, m, m, dtype=X.dtype, device=X.device)
+    B = 64 if m > 32 else 16
+    tiles = -(-m // B)
+    precision = _precision(X.device) if X.dtype == torch.float32 else "half"
+    with _on(X.device):
+        _symmetric_product[tiles * (tiles + 1) // 2, n](
+            X,
+            X if C is None else C,
+            Y,
+            m,
+            k,
+            beta,
+            alpha,
+            C is not None,
+            B,
+            32,
+            precision,
+            num_warps=B // 16,
+            num_stages=3,
+        )
+    return Y
