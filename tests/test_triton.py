@@ -3,10 +3,12 @@
 Tests marked `gpu` run on a GPU, or with TRITON_INTERPRET=1 on the CPU; `test_in_the_interpreter` runs them so, in a
 process of its own because Triton decides at import. The interpreter multiplies in float32 whatever the input precision:
 what TF32 loses there is put in by hand. bfloat16 it gets wrong in products and rounding, so that bfloat16 is tested as
-input only.
+input only. Compilation for GPUs that are not here is tested in another process.
 """
 
+import importlib.util
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -256,6 +258,65 @@ def test_in_the_interpreter():
     )  # fmt: skip
     assert run.returncode == 0 and "failed" not in run.stdout, run.stdout[-6000:]
     assert int(run.stdout.rsplit(" passed", 1)[0].split()[-1]) >= 40, run.stdout[-500:]  # not skipped
+
+
+def compiled(targets: str, sizes: str, out: Path) -> dict:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        str(ROOT / "tests/bench/gpu.py"),
+        "--targets",
+        targets,
+        "--sizes",
+        sizes,
+        "--out",
+        str(out),
+    ]
+    run = subprocess.run(command, env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads((out / "kernels.json").read_text())
+
+
+@needs_triton
+def test_nothing_spills_on_sm_80_and_sm_90_at_any_size(tmp_path):
+    """Compiled to machine code at every shape that a --size has, by the compiler and tools that Triton brings."""
+    rows = compiled("sm_80,sm_90", ",".join(hope.HopeConfig.SIZES), tmp_path)
+    found = {(row["kernel"], row["memory"], row["target"]): row for row in rows["occupation"]}
+    assert {size for row in found.values() for size in row["sizes"]} == set(hope.HopeConfig.SIZES)
+    assert {k: row["spilled"] for k, row in found.items() if row["spilled"]} == {}
+    assert all(row["registers"] > 0 and row["occupancy"] > 0 for row in found.values())
+    assert all(row["A100 80GB us"] >= row["H100 us"] > 0 for row in rows["floors"])
+
+
+@pytest.mark.slow
+@needs_triton
+def test_every_target_compiles(tmp_path):
+    rows = compiled("sm_75,sm_80,sm_90,sm_100,gfx942", "tiny,1.3b", tmp_path)["occupation"]
+    assert {row["target"] for row in rows} == {"sm_75", "sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize(
+    "flags", ["momentum=False,inclusive=True", "momentum=False,delta=False", "read=False", "scan=True"]
+)
+def test_other_presets_spill_four_registers_at_most(flags):
+    code = f"import gpu, json; print(json.dumps(gpu.occupation(['sm_80', 'sm_90'], ['760m'], {flags})))"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests/bench'}"
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert max(row["spilled"] for row in json.loads(run.stdout.splitlines()[-1])) <= 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU to time on")
+def test_kernels_are_faster_than_the_reference_on_a_gpu():
+    spec = importlib.util.spec_from_file_location("gpu_bench", ROOT / "tests/bench/gpu.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    fast, plain = bench.timings(["760m"])
+    assert fast["forward_ms"] < plain["forward_ms"] and fast["backward_ms"] < plain["backward_ms"]
 
 
 def test_the_environment_picks_the_kernels(monkeypatch):
