@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import chunk_gates, dgd_chunk, dgd_scan, newton_schulz, uses_triton
+from kernels import chunk_gates, dgd_chunk, memory_scan, newton_schulz, scans, uses_triton
 
 INF = float("inf")
 
@@ -571,13 +571,14 @@ class Memory(nn.Module):
         ys, t = [], state.t
         with torch.autocast(x.device.type, enabled=False):
             streams = {name: z if z.dtype == torch.float64 else z.float() for name, z in streams.items()}
-            spans = cut_streams(streams, lambda s: c.remat * c.chunk or x.shape[1])
+            fused = scans(next(iter(streams.values())), c.d_head)
+            spans = cut_streams(streams, lambda s: x.shape[1] if fused else c.remat * c.chunk or x.shape[1])
             for n, span in spans:
                 # The last span's graph is needed first, and is no larger than the one recomputed after it.
                 if t + n < state.t + x.shape[1] and torch.is_grad_enabled():
                     y, groups = checkpoint(self._span, span, groups, t, use_reentrant=False)
                 else:
-                    y, groups = self._span(span, groups, t)
+                    y, groups = (self._fused if fused else self._span)(span, groups, t)
                 ys.append(y)
                 t += n
         y = self._out(torch.cat(ys, 2)) if ys else torch.zeros_like(x)
@@ -585,46 +586,42 @@ class Memory(nn.Module):
 
     def _span(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
         """Any number of tokens from time t on: streams (b, h, s, e), gates (b, h, s) -> y (b, h, s, e), new groups."""
-        c, ys, k = self.config, [], streams.get("k")
-        given = c.depth == 1 and not self.adaptive and not c.self_values and c.read != "chunk" and t % c.chunk == 0
-        if given and k.shape[2] > c.chunk and not torch.is_grad_enabled() and uses_triton(k):
-            # Such a memory's chunks need nothing but its state: all but the last of them, which stays open, in one launch.
-            n = (k.shape[2] - 1) // c.chunk * c.chunk
-            y, groups = self._scan({name: z[:, :, :n] for name, z in streams.items()}, groups)
-            streams, ys, t = {name: z[:, :, n:] for name, z in streams.items()}, [y], t + n
+        c, ys = self.config, []
         for n, piece in cut_streams(streams, lambda s: min(size - (t + s) % size for size in (c.chunk, c.chunk_proj))):
             if t % c.chunk_proj == 0 and "proj" in groups:
                 groups = {**groups, "proj": replace(groups["proj"], anchor=groups["proj"].now)}
             if t % c.chunk == 0:
                 groups = {**groups, "main": replace(groups["main"], anchor=groups["main"].now)}
-            step = compiled_step() if self.compiled and n == c.chunk else Memory._write_and_read
+            compiled = self.compiled and n == c.chunk and not uses_triton(next(iter(piece.values())))
+            step = compiled_step() if compiled else Memory._write_and_read
             y, groups = step(self, piece, groups)
             ys.append(y)
             t += n
         return torch.cat(ys, 2), groups
 
-    def _unpack(self, z: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """k, v, q, eta, alpha, theta of streams (b, h, s, e) and gates (b, h, s), with an axis for memories side by side."""
-        c, one = self.config, torch.ones_like(z["k"][..., 0])
-        alpha = self.fixed_alpha.to(one).expand_as(one) if c.decay == "fixed" else z.get("alpha", one)
-        k, v, q, eta, alpha = (w.unsqueeze(2) for w in (z["k"], z["v"], z["q"], z.get("eta", one), alpha))
-        return k, v, q, eta, alpha, z["theta"].unsqueeze(2) if c.momentum else None
-
-    def _step(self, eta: Tensor, x: Tensor) -> Tensor:
-        """The inner step size at the inputs x (..., c, i), (..., c)."""
-        if self.config.step == "exact":
-            return eta / (1 + eta * x.square().sum(-1))
-        return eta / self.config.chunk if self.config.step == "mean" else eta
-
-    def _scan(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
-        """Whole chunks of a linear memory with given keys and values, by `kernels.dgd_scan`: y (b, h, s, e), new groups."""
-        c, group = self.config, groups["main"]
-        k, v, q, eta, alpha, theta = self._unpack(streams)
-        M, m, y = dgd_scan(
-            group.now[0], k, v, self._step(eta, k), alpha, chunk=c.chunk, objective=c.objective, theta=theta, Q=q,
-            m=group.momentum[0] if c.momentum else None, inclusive=c.read == "after", delta=c.rule == "dgd", ema=True,
+    def _fused(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
+        """`_span` without gradients, in one launch of `kernels.memory_scan`."""
+        c, some = self.config, next(iter(streams.values()))
+        one = torch.ones(some.shape[:3], device=some.device)
+        if c.step == "one":
+            streams = {**streams, "eta": one}
+        if c.decay != "gate":
+            streams = {**streams, "alpha": one * self.fixed_alpha if c.decay == "fixed" else one}
+        parts = [part for name in groups for part in self.groups[name]]
+        scales = [self.start[f"{part}_scale"] for part in parts] if c.self_values and c.value_norm else []
+        join = lambda layers: [torch.cat(layer, 2) for layer in zip(*layers)]  # copies
+        now, anchor = join(g.now for g in groups.values()), join(g.anchor for g in groups.values())
+        momentum = join(g.momentum for g in groups.values()) if c.momentum else None
+        y = memory_scan(
+            streams, now, momentum, anchor, t=t, chunk=c.chunk, chunk_proj=c.chunk_proj, adaptive=len(self.adaptive),
+            gates={name: (gate.read, gate.bias) for name, gate in self.gates.items() if name in self.adaptive},
+            scale=torch.cat(scales, 1) if scales else None, objective=c.objective, step=c.step, read=c.read,
+            self_values=c.self_values, qk_norm=c.qk_norm, norm=c.memory_norm, delta=c.rule == "dgd",
         )  # fmt: skip
-        return y.squeeze(2), {**groups, "main": Weights([M], [m] if c.momentum else None, group.anchor)}
+        sizes = [g.now[0].shape[2] for g in groups.values()]
+        cut = lambda layers: zip(*(layer.split(sizes, 2) for layer in layers))
+        states = zip(cut(now), cut(momentum) if c.momentum else [None] * len(sizes), cut(anchor))
+        return y, {k: Weights(list(w), m and list(m), list(a)) for k, (w, m, a) in zip(groups, states)}
 
     def _write_and_read(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
         """Tokens that lie within one chunk: streams (b, h, c, e), gates (b, h, c) -> y (b, h, c, e), new groups."""
@@ -636,7 +633,10 @@ class Memory(nn.Module):
                 if name in self.gates:
                     read = GATES[name](self.gates[name](read))
                 z[name] = F.normalize(read, dim=-1) if c.qk_norm and name in "kq" else read
-        k, v, y, eta, alpha, theta = self._unpack(z)
+        one = torch.ones_like(z["k"][..., 0])
+        alpha = self.fixed_alpha.to(one).expand_as(one) if c.decay == "fixed" else z.get("alpha", one)
+        k, v, y, eta, alpha = (w.unsqueeze(2) for w in (z["k"], z["v"], z["q"], z.get("eta", one), alpha))
+        theta = z["theta"].unsqueeze(2) if c.momentum else None
         through = None if uses_triton(k) else chunk_gates(alpha, theta, ema=True)  # kernels make their own
         new = {}
         for name, group in groups.items():
@@ -650,10 +650,13 @@ class Memory(nn.Module):
             now, momentum = [], []
             gradients = inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)
             for layer, (x, Wx, grad) in enumerate(gradients):
+                step = eta / c.chunk if c.step == "mean" else eta
+                if c.step == "exact":
+                    step = eta / (1 + eta * x.square().sum(-1))
                 weights, m, query = dgd_chunk(
-                    group.now[layer], x, grad, self._step(eta, x), alpha, theta=theta, Q=query, inclusive=c.read == "after",
-                    m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through, readers=1, ema=True,
-                    MX=Wx if group.now[layer] is group.anchor[layer] else None,
+                    group.now[layer], x, grad, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
+                    m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through, readers=1,
+                    ema=True, MX=Wx if group.now[layer] is group.anchor[layer] else None,
                 )  # fmt: skip
                 now.append(weights)
                 momentum.append(m)

@@ -1,9 +1,9 @@
 """The inner loops of Nested Learning, each written first as the plain PyTorch that defines it.
 
 `dgd_chunk` is the recurrence that every parametric memory of `hope.Memory` runs inside a chunk: delta gradient
-descent (eq. 88) with retention and momentum, all tokens of the chunk at once and without a loop; `dgd_scan` runs it over
-many chunks. `newton_schulz` orthogonalises the momentum of Muon and M3. On GPUs Triton kernels compute the same (see
-`uses_triton`); which of them runs is the only difference.
+descent (eq. 88) with retention and momentum, all tokens of the chunk at once and without a loop. `newton_schulz`
+orthogonalises the momentum of Muon and M3. On GPUs Triton kernels compute the same (see `uses_triton`), and
+`memory_scan` does all chunks of a memory layer in one launch where no gradients are wanted; `hope.Memory` defines that.
 """
 
 from __future__ import annotations
@@ -118,11 +118,7 @@ def dgd_chunk(
             "M is (..., o, i), X (..., c, i), D (..., c, o)"
         )
     if uses_triton(X) and _suits(M, X, D, eta, alpha, m, theta, Q):
-        if Q is not None and readers is not None:
-            n = torch.broadcast_shapes(M.shape[:-2], X.shape[:-2], D.shape[:-2])[-1]
-            Q = Q if Q.shape[-3] == 1 else F.pad(Q, (0, 0, 0, 0, n - readers, 0))
-        M, m, R = _TritonChunk.apply(ema, inclusive, delta, M, m, X, D, Q, eta, alpha, theta)
-        return M, m, R if R is None or readers is None else R[..., -readers:, :, :]
+        return _TritonChunk.apply(ema, inclusive, delta, readers, M, m, X, D, Q, eta, alpha, theta)
     return _reference(M, m, X, D, Q, eta, alpha, theta, ema, inclusive, delta, gates, MX, readers)
 
 
@@ -307,49 +303,6 @@ class _Chunk(torch.autograd.Function):
         return *d_added[:2], d_at_X, d_added[2], dX, fold(whole(dD), D), d_eta, dQ, *d_gates, None, None, None
 
 
-def dgd_scan(
-    M: Tensor,
-    X: Tensor,
-    V: Tensor,
-    eta: Tensor,
-    alpha: Tensor,
-    *,
-    chunk: int,
-    objective: str,
-    m: Tensor | None = None,
-    theta: Tensor | None = None,
-    Q: Tensor | None = None,
-    inclusive: bool = False,
-    delta: bool = True,
-    ema: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`dgd_chunk` for a linear memory over all tokens (..., t, .), `chunk` after `chunk`, each with the gradients of the
-    inner loss at its start: M x - v for the objective "l2", -v for "dot" (eq. 90 with M_0 of the chunk that runs).
-
-    V: (..., t, o) values; the rest as in `dgd_chunk`. By the kernels this is one launch, in which memories stay on the
-    GPU from chunk to chunk; it has no backward pass, so that with gradients the chunks run one by one.
-    ValueError for another objective, or a chunk below 1.
-    """
-    if objective not in ("dot", "l2") or chunk < 1:
-        raise ValueError(
-            f"dgd_scan: objective is {objective!r}, chunk {chunk}; allowed: 'dot' or 'l2', 1 or more tokens"
-        )
-    inputs = (M, m, X, V, Q, eta, alpha, theta)
-    wanted = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in inputs)
-    if not wanted and uses_triton(X) and _suits(M, X, V, eta, alpha, m, theta, Q):
-        if objective == "dot":  # the same whatever the chunk
-            return _launch((M, m, X, -V, Q, eta, alpha, theta), ema, inclusive, delta)[:3]
-        return _launch(inputs, ema, inclusive, delta, chunk)[:3]
-    reads = []
-    for s in range(0, X.shape[-2], chunk):
-        x, v, q = (None if z is None else z[..., s : s + chunk, :] for z in (X, V, Q))
-        step, a, b = (None if z is None else z[..., s : s + chunk] for z in (eta, alpha, theta))
-        d = x @ M.mT - v if objective == "l2" else -v
-        M, m, R = dgd_chunk(M, x, d, step, a, m=m, theta=b, Q=q, inclusive=inclusive, delta=delta, ema=ema)
-        reads.append(R)
-    return M, m, None if Q is None else torch.cat(reads, -2)
-
-
 def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False, delta=True, ema=False):
     """The specification of `dgd_chunk`: the same arguments, one token at a time, as the equations are written."""
     momentum = theta is not None
@@ -427,7 +380,9 @@ def uses_triton(z: Tensor) -> bool:
             f"HOPE_KERNELS is triton, which needs a GPU, but tensors are on {z.device}; move them, or set it to auto"
         )
     if choice == "auto" and triton is not None and z.is_cuda and (0, 0) < _capability(z.device) < (8, 0):
-        _fall_back("GPUs before sm_80 have no TF32, and the kernels spill there; HOPE_KERNELS=triton tries")
+        _fall_back(
+            "GPUs before sm_80 have neither TF32 nor bfloat16 products, and kernels spill there; HOPE_KERNELS=triton tries"
+        )
         return False
     return triton is not None and (choice == "triton" or choice == "auto" and z.is_cuda)
 
@@ -496,27 +451,27 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @jit
-def _matrix(p, o, i, O: tl.constexpr, I: tl.constexpr):
+def _matrix(p, o, i, O, I):
     """Load rows o and columns i of a matrix (O, I) in float32; 0 outside."""
     mask = (o < O)[:, None] & (i < I)[None, :]
     return tl.load(p + o[:, None] * I + i[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
-def _store_matrix(p, value, o, i, O: tl.constexpr, I: tl.constexpr):
+def _store_matrix(p, value, o, i, O, I):
     mask = (o < O)[:, None] & (i < I)[None, :]
     tl.store(p + o[:, None] * I + i[None, :], value, mask=mask)
 
 
 @jit
-def _tokens(p, row: tl.constexpr, t, i, c, I: tl.constexpr):
+def _tokens(p, row, t, i, c, I):
     """Load a block of tokens in float32, (I, BC); a token is `row` numbers after the one before it; 0 outside."""
     mask = (i < I)[:, None] & (t < c)[None, :]
     return tl.load(p + t[None, :] * row + i[:, None], mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
-def _store_tokens(p, value, row: tl.constexpr, t, i, c, I: tl.constexpr):
+def _store_tokens(p, value, row, t, i, c, I):
     mask = (i < I)[:, None] & (t < c)[None, :]
     tl.store(p + t[None, :] * row + i[:, None], value, mask=mask)
 
@@ -559,6 +514,38 @@ def _gates(alpha, theta, t, c, EMA: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @jit
+def _after_write(now, before, between, gain, gain_m, N, start, theta, t):
+    """before, between, gain, gain_m as reads after the write at t see them: alpha_t times what there was, and the write."""
+    between = now[None, :] * between + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
+    return now * before, between, between if theta is None else now[None, :] * gain + N, now * gain_m + start
+
+
+@jit
+def _put_gates(to, alpha, theta, t, c, EMA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr):
+    """What `_block` needs of `_gates`, into memory, (4 BC + 8, BC): made once for a block of tokens and kept out of
+    registers. What reads need stands apart where it is something else."""
+    gates = _gates(alpha, theta, t, c, EMA, PRECISION)
+    now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[:13]
+    BC: tl.constexpr = t.shape[0]
+    line = to + 4 * BC * BC + t
+    tl.store(line, before)
+    tl.store(line + BC, gain_m)
+    tl.store(line + 4 * BC, after)
+    tl.store(line + 5 * BC, gain_end)
+    tl.store(line + 6 * BC, keep)
+    tl.store(line + 7 * BC, tl.where(t == 0, everything, tl.where(t == 1, gain_m_end, keep_m)))
+    _store_matrix(to, between, t, t, BC, BC)
+    _store_matrix(to + BC * BC, gain, t, t, BC, BC)
+    if INCLUSIVE:
+        before, between, gain, gain_m = _after_write(now, before, between, gain, gain_m, N, start, theta, t)
+        tl.store(line + 2 * BC, before)
+        tl.store(line + 3 * BC, gain_m)
+        _store_matrix(to + 2 * BC * BC, between, t, t, BC, BC)
+        _store_matrix(to + 3 * BC * BC, gain, t, t, BC, BC)
+    tl.debug_barrier()
+
+
+@jit
 def _inverse(A, t):
     """(1 + A)^-1 for A (BC, BC) strictly upper triangular, by substitution, a token after the other."""
     T, A_T = tl.where(t[:, None] == t[None, :], 1.0, 0.0), tl.trans(A)
@@ -570,16 +557,16 @@ def _inverse(A, t):
 
 
 @jit
-def _write(M, m, X, step, d, p, gates, t, o, s, left, O: tl.constexpr, I: tl.constexpr, row: tl.constexpr,
+def _write(M, m, X, step, d, p, left_at_end, t, o, left, O, I, row,
            to_M, to_m, BI: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A block of writes: rows o of memory M and momentum m, tile by tile, into to_M and to_m."""
-    after, everything, gain_end, gain_m_end, keep, keep_m = gates[2], gates[3], gates[6], gates[8], gates[9], gates[10]
+    after, everything, gain_end, gain_m_end, keep, keep_m = left_at_end
     writes = gain_end[None, :] * d
     if p is not None:
         writes += after[None, :] * p
     for i0 in tl.range(0, I, BI, disable_licm=True):
         i = i0 + tl.arange(0, BI)
-        xe = tl.trans(_tokens(X + s * row, row, t, i, left, I) * step[None, :])
+        xe = tl.trans(_tokens(X, row, t, i, left, I) * step[None, :])
         w = everything * _matrix(M, o, i, O, I) - _dot(writes, xe, PRECISION)
         if m is not None:
             w_m = _matrix(m, o, i, O, I)
@@ -589,7 +576,7 @@ def _write(M, m, X, step, d, p, gates, t, o, s, left, O: tl.constexpr, I: tl.con
 
 
 @jit
-def _copy(to, M, o, O: tl.constexpr, I: tl.constexpr, BI: tl.constexpr):
+def _copy(to, M, o, O, I, BI: tl.constexpr):
     """Rows o of a matrix, or zeros if M is None."""
     for i0 in tl.range(0, I, BI):
         i = i0 + tl.arange(0, BI)
@@ -598,89 +585,108 @@ def _copy(to, M, o, O: tl.constexpr, I: tl.constexpr, BI: tl.constexpr):
 
 
 @jit
+def _reader(n, memories, readers):
+    """Whether memory n is read, 0 or 1 (the last `readers` of every `memories` are), and its place among those that are."""
+    j = n % memories - (memories - readers)
+    return (j >= 0).to(tl.int32), n // memories * readers + tl.maximum(j, 0)
+
+
+@jit
+def _block(
+    M, m, X, x_row, D, d_row, Q, q_row, read, step, gates, t, o, left, O, I, P, BI: tl.constexpr,
+    DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens for rows o of one memory. With `gates` of `_put_gates`, Y = M X^T and S = (step X) X^T of the
+    block,  p = (before Y - d (gain S)) (1 + between S)^-1;  a read is the same sum at q, with p; `_write` ends the block.
+
+    Writes M and m in place, p to P if there is one; returns r (BO, BC), zeros unless `read`.
+    """
+    BC: tl.constexpr = t.shape[0]
+    line = gates + 4 * BC * BC + t
+    zero = tl.zeros((o.shape[0], BC), tl.float32)
+    r, p = zero, None
+    if DELTA:
+        y, y_m, scores = zero, zero, tl.zeros((BC, BC), tl.float32)
+        for i0 in tl.range(0, I, BI, disable_licm=True):
+            i = i0 + tl.arange(0, BI)
+            x = _tokens(X, x_row, t, i, left, I)
+            scores += _dot(tl.trans(x * step[None, :]), x, PRECISION)
+            y += _dot(_matrix(M, o, i, O, I), x, PRECISION)
+            if m is not None:
+                y_m += _dot(_matrix(m, o, i, O, I), x, PRECISION)
+        tl.debug_barrier()
+        inverse = _inverse(_matrix(gates, t, t, BC, BC) * scores, t)
+        gain = _matrix(gates + BC * BC, t, t, BC, BC)
+        p = tl.load(line)[None, :] * y - _dot(_tokens(D, d_row, t, o, left, O), gain * scores, PRECISION)
+        if m is not None:
+            p += tl.load(line + BC)[None, :] * y_m
+        p = _dot(p, inverse, PRECISION)
+        if P is not None:
+            _store_tokens(P, p, O, t, o, left, O)
+        tl.debug_barrier()
+    if Q is not None:
+        if read:
+            r_m, scores = zero, tl.zeros((BC, BC), tl.float32)
+            for i0 in tl.range(0, I, BI, disable_licm=True):
+                i = i0 + tl.arange(0, BI)
+                q = _tokens(Q, q_row, t, i, left, I)
+                scores += _dot(tl.trans(_tokens(X, x_row, t, i, left, I) * step[None, :]), q, PRECISION)
+                r += _dot(_matrix(M, o, i, O, I), q, PRECISION)
+                if m is not None:
+                    r_m += _dot(_matrix(m, o, i, O, I), q, PRECISION)
+            tl.debug_barrier()
+            for_q: tl.constexpr = 2 if INCLUSIVE else 0
+            gain = _matrix(gates + (for_q + 1) * BC * BC, t, t, BC, BC)
+            r = tl.load(line + for_q * BC)[None, :] * r - _dot(
+                _tokens(D, d_row, t, o, left, O), gain * scores, PRECISION
+            )
+            if m is not None:
+                r += tl.load(line + (for_q + 1) * BC)[None, :] * r_m
+            if DELTA:
+                r -= _dot(p, _matrix(gates + for_q * BC * BC, t, t, BC, BC) * scores, PRECISION)
+            tl.debug_barrier()
+    scalars = gates + (4 * BC + 7) * BC
+    everything, gain_m_end, keep_m = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+    left_at_end = tl.load(line + 4 * BC), everything, tl.load(line + 5 * BC), gain_m_end, tl.load(line + 6 * BC), keep_m
+    d = _tokens(D, d_row, t, o, left, O)
+    _write(M, m, X, step, d, p, left_at_end, t, o, left, O, I, x_row, M, m, BI, PRECISION)
+    return r
+
+
+@jit
 def _chunk_forward(
-    M, m, X, D, Q, eta, alpha, theta, at, M_end, m_end, anchor, R, P, c, chunk,
-    x_row: tl.constexpr, d_row: tl.constexpr, q_row: tl.constexpr,
-    O: tl.constexpr, I: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    M, m, X, D, Q, eta, alpha, theta, at, M_end, m_end, R, P, work, c, memories, readers, x_row, d_row, q_row,
+    O, I, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (memories in all, blocks of rows); at: (n, 8), where each one's part of the eight inputs begins.
-
-    With `anchor`, room for another memory, this scans over chunks: D holds values v, and d = M x - v for the M that its
-    chunk of tokens begins with.
-    """
+    """`dgd_chunk`: block of tokens by block, what `_block` says. Grid (memories in all, blocks of rows); at: (n, 8), where
+    each one's part of the eight inputs begins; P only if there is a backward pass to come."""
     n = tl.program_id(0).to(tl.int64)
+    read, n_read = _reader(n, memories, readers)
     at += n * 8
     t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
-    X, D, eta, alpha = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5), alpha + tl.load(at + 6)
+    X, D, eta = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5)
     M_end += n * O * I
     _copy(M_end, M + tl.load(at), o, O, I, BI)
     if theta is not None:
-        theta += tl.load(at + 7)
         m_end += n * O * I
         _copy(m_end, m if m is None else m + tl.load(at + 1), o, O, I, BI)
     if Q is not None:
         Q += tl.load(at + 4)
-    for first in tl.range(0, c, chunk, disable_licm=True):
+    work += (n * tl.num_programs(1) + tl.program_id(1)) * ((4 * BC + 8) * BC)
+    for s in tl.range(0, c, BC, disable_licm=True):
         tl.debug_barrier()  # a program's threads read what others of them wrote
-        if anchor is not None:
-            _copy(anchor + n * O * I, M_end, o, O, I, BI)
-            tl.debug_barrier()
-        for s in tl.range(first, min(first + chunk, c), BC, disable_licm=True):
-            left = min(BC, min(first + chunk, c) - s)
-            step = tl.load(eta + s + t, mask=t < left, other=0.0).to(tl.float32)
-            gates = _gates(alpha + s, None if theta is None else theta + s, t, left, EMA, PRECISION)
-            now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[
-                :13
-            ]
-            y, d = tl.zeros((BO, BC), tl.float32), _tokens(D + s * d_row, d_row, t, o, left, O)
-            y_m, r, r_m, scores, q_scores = y, y, y, tl.zeros((BC, BC), tl.float32), tl.zeros((BC, BC), tl.float32)
-            if anchor is not None:
-                d = -d
-            for i0 in tl.range(0, I, BI, disable_licm=True):
-                i = i0 + tl.arange(0, BI)
-                x, w = _tokens(X + s * x_row, x_row, t, i, left, I), _matrix(M_end, o, i, O, I)
-                xe = tl.trans(x * step[None, :])
-                if DELTA:
-                    scores += _dot(xe, x, PRECISION)
-                    y += _dot(w, x, PRECISION)
-                if anchor is not None:
-                    d += _dot(_matrix(anchor + n * O * I, o, i, O, I), x, PRECISION)
-                if Q is not None:
-                    q = _tokens(Q + s * q_row, q_row, t, i, left, I)
-                    q_scores += _dot(xe, q, PRECISION)
-                    r += _dot(w, q, PRECISION)
-                if theta is not None:
-                    w = _matrix(m_end, o, i, O, I)
-                    if DELTA:
-                        y_m += _dot(w, x, PRECISION)
-                    if Q is not None:
-                        r_m += _dot(w, q, PRECISION)
-            p = None
-            if DELTA:
-                p = before[None, :] * y - _dot(d, gain * scores, PRECISION)
-                if theta is not None:
-                    p += gain_m[None, :] * y_m
-                p = _dot(p, _inverse(between * scores, t), PRECISION)
-                if P is not None:
-                    _store_tokens(P + (n * c + s) * O, p, O, t, o, left, O)
-            if Q is not None:
-                if INCLUSIVE:  # one step further: alpha_t times what there was before t, and the write at t
-                    before, gain_m = now * before, now * gain_m + start
-                    between = now[None, :] * between + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-                    gain = between if theta is None else now[None, :] * gain + N
-                r = before[None, :] * r - _dot(d, gain * q_scores, PRECISION)
-                if theta is not None:
-                    r += gain_m[None, :] * r_m
-                if DELTA:
-                    r -= _dot(p, between * q_scores, PRECISION)
-                _store_tokens(R + (n * c + s) * O, r, O, t, o, left, O)
-            tl.debug_barrier()
-            _write(
-                M_end, None if theta is None else m_end, X, step, d, p, gates, t, o, s, left, O, I, x_row,
-                M_end, m_end, BI, PRECISION,
-            )  # fmt: skip
-            tl.debug_barrier()
+        left = min(BC, c - s)
+        step = tl.load(eta + s + t, mask=t < left, other=0.0).to(tl.float32)
+        th = None if theta is None else theta + tl.load(at + 7) + s
+        _put_gates(work, alpha + tl.load(at + 6) + s, th, t, left, EMA, INCLUSIVE, PRECISION)
+        r = _block(
+            M_end, None if theta is None else m_end, X + s * x_row, x_row, D + s * d_row, d_row,
+            None if Q is None else Q + s * q_row, q_row, read, step, work, t, o, left, O, I,
+            None if P is None else P + (n * c + s) * O, BI, DELTA, INCLUSIVE, PRECISION,
+        )  # fmt: skip
+        if Q is not None:
+            _store_tokens(R + (n_read * c + s) * O, r, O, t, o, left * read, O)
 
 
 @jit
@@ -694,11 +700,11 @@ def _decays_backward(d_before, d_after, d_everything, d_between, before, after, 
 
 @jit
 def _chunk_states(
-    M, m, X, D, eta, alpha, theta, at, P, states, c, x_row: tl.constexpr, d_row: tl.constexpr,
-    O: tl.constexpr, I: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    M, m, X, D, eta, alpha, theta, at, P, states, c, x_row, d_row,
+    O, I, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     EMA: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The states that blocks of tokens start from, (n, blocks, 2, O, I), from P and the gradients, without a solve."""
+    """The states that blocks of tokens start from, (n, blocks, 2, O, I): what `_block` writes, from P, without a solve."""
     n = tl.program_id(0).to(tl.int64)
     at += n * 8
     t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
@@ -711,11 +717,12 @@ def _chunk_states(
     for s in tl.range(0, c - BC, BC, disable_licm=True):
         tl.debug_barrier()
         step = tl.load(eta + s + t).to(tl.float32)
-        gates = _gates(alpha + s, None if theta is None else theta + s, t, BC, EMA, PRECISION)
+        g = _gates(alpha + s, None if theta is None else theta + s, t, BC, EMA, PRECISION)
         d = _tokens(D + s * d_row, d_row, t, o, BC, O)
         p = _tokens(P + (n * c + s) * O, O, t, o, BC, O) if DELTA else None
         _write(
-            states, None if theta is None else states + O * I, X, step, d, p, gates, t, o, s, BC, O, I, x_row,
+            states, None if theta is None else states + O * I, X + s * x_row, step, d, p,
+            (g[2], g[3], g[6], g[8], g[9], g[10]), t, o, BC, O, I, x_row,
             states + 2 * O * I, states + 3 * O * I, BI, PRECISION,
         )  # fmt: skip
         states += 2 * O * I
@@ -723,18 +730,25 @@ def _chunk_states(
 
 @jit
 def _chunk_backward(
-    X, D, Q, eta, alpha, theta, at, P, dR, dM, dm, ends, dD, dZ, work, c,
-    x_row: tl.constexpr, d_row: tl.constexpr, q_row: tl.constexpr,
-    O: tl.constexpr, I: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    X, D, Q, eta, alpha, theta, at, P, dR, dM, dm, ends, dD, dZ, work, c, memories, readers,
+    x_row, d_row, q_row,
+    O, I, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The part of the backward pass that goes from token to token: dM, dm, dD, and dZ (n, c, O), the gradient of what the
-    solve turns into P. On the grid of `_chunk_forward`, block of tokens by block from the last one on.
+    solve turns into P. On the grid of `_chunk_forward`, block of tokens by block from the last one on. In the letters of
+    `_block`, S_q the scores of queries, U = dM (step X)^T and U_m the same of dm:
+
+        dz = -(after U + dR (between_q S_q)^T) (1 + between S)^-T
+        dd = -gain_end U - keep U_m - dR (gain_q S_q)^T - dz (gain S)^T
+        dM = everything dM + (before dz) X + (before_q dR) Q
+        dm = keep_m dm + gain_m_end dM + (gain_m dz) X + (gain_m_q dR) Q
 
     dM and dm come as the gradients of the chunk's end and leave as those of its start. Kept for `_chunk_backward_tokens`:
     ends (n, blocks, 2, O, I), the gradients of the blocks' ends, and what gates need in `work`, see there.
     """
     n = tl.program_id(0).to(tl.int64)
+    read, n_read = _reader(n, memories, readers)
     at += n * 8
     t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
     X, D, eta, alpha = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5), alpha + tl.load(at + 6)
@@ -767,7 +781,8 @@ def _chunk_backward(
             if DELTA:
                 scores += _dot(tl.trans(xe), x, PRECISION)
             if Q is not None:
-                q_scores += _dot(tl.trans(xe), _tokens(Q + s * q_row, q_row, t, i, left, I), PRECISION)
+                if read:
+                    q_scores += _dot(tl.trans(xe), _tokens(Q + s * q_row, q_row, t, i, left, I), PRECISION)
         d = _tokens(D + s * d_row, d_row, t, o, left, O)
         dd = -gain_end[None, :] * u
         tl.store(line, -tl.sum(d * u, 0))
@@ -777,17 +792,15 @@ def _chunk_backward(
         if theta is not None:
             dd -= keep[None, :] * u_m
             tl.store(line + 2 * BC, -tl.sum(d * u_m, 0))
-        before_q, gain_m_q = before, gain_m
+        before_q, b_q, g_q, gain_m_q = before, between, gain, gain_m
+        if INCLUSIVE:
+            before_q, b_q, g_q, gain_m_q = _after_write(now, before, between, gain, gain_m, N, start, theta, t)
         if Q is not None:
-            dy = _tokens(dR + (n * c + s) * O, O, t, o, left, O)
-            b_q, g_q = between, gain
-            if INCLUSIVE:
-                before_q, gain_m_q = now * before, now * gain_m + start
-                b_q = now[None, :] * between + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-                g_q = b_q if theta is None else now[None, :] * gain + N
-            dd -= _dot(dy, tl.trans(g_q * q_scores), PRECISION)
-            if DELTA:
-                dz -= _dot(dy, tl.trans(b_q * q_scores), PRECISION)
+            if read:
+                dy = _tokens(dR + (n_read * c + s) * O, O, t, o, left, O)
+                dd -= _dot(dy, tl.trans(g_q * q_scores), PRECISION)
+                if DELTA:
+                    dz -= _dot(dy, tl.trans(b_q * q_scores), PRECISION)
         if DELTA:  # p = (what a read at x would give without p) T: the gradient of a read with dy = dz
             dz = _dot(dz, tl.trans(_inverse(between * scores, t)), PRECISION)
             dd -= _dot(dz, tl.trans(gain * scores), PRECISION)
@@ -804,21 +817,18 @@ def _chunk_backward(
                 _store_matrix(ends + O * I, end_m, o, i, O, I)
                 w_m = gain_m_end * end + keep_m * end_m
             if DELTA:
-                x, dz = (
-                    tl.trans(_tokens(X + s * x_row, x_row, t, i, left, I)),
-                    _tokens(dZ + (n * c + s) * O, O, t, o, left, O),
-                )
+                x = tl.trans(_tokens(X + s * x_row, x_row, t, i, left, I))
+                dz = _tokens(dZ + (n * c + s) * O, O, t, o, left, O)
                 w += _dot(before[None, :] * dz, x, PRECISION)
                 if theta is not None:
                     w_m += _dot(gain_m[None, :] * dz, x, PRECISION)
             if Q is not None:
-                q, dy = (
-                    tl.trans(_tokens(Q + s * q_row, q_row, t, i, left, I)),
-                    _tokens(dR + (n * c + s) * O, O, t, o, left, O),
-                )
-                w += _dot(before_q[None, :] * dy, q, PRECISION)
-                if theta is not None:
-                    w_m += _dot(gain_m_q[None, :] * dy, q, PRECISION)
+                if read:
+                    q = tl.trans(_tokens(Q + s * q_row, q_row, t, i, left, I))
+                    dy = _tokens(dR + (n_read * c + s) * O, O, t, o, left, O)
+                    w += _dot(before_q[None, :] * dy, q, PRECISION)
+                    if theta is not None:
+                        w_m += _dot(gain_m_q[None, :] * dy, q, PRECISION)
             tl.debug_barrier()
             _store_matrix(dM, w, o, i, O, I)
             if theta is not None:
@@ -828,12 +838,18 @@ def _chunk_backward(
 
 @jit
 def _chunk_backward_tokens(
-    X, D, Q, eta, alpha, theta, at, P, dR, states, ends, dZ, work, dX, dQ, d_eta, c,
-    x_row: tl.constexpr, d_row: tl.constexpr, q_row: tl.constexpr,
-    O: tl.constexpr, I: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    X, D, Q, eta, alpha, theta, at, P, dR, states, ends, dZ, work, dX, dQ, d_eta, c, memories, readers,
+    x_row, d_row, q_row,
+    O, I, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dX, dQ and d_eta, for all blocks of tokens at once: the grid has them as its last axis.
+    """dX, dQ and d_eta, for all blocks of tokens at once: the grid has them as its last axis. With the states M, m that a
+    block starts from and the gradients E, E_m of its end:
+
+        dS = -gain (D^T dz) - between (P^T dz), and dS_q the same with dR
+        dQ = (M^T dR) before_q + (m^T dR) gain_m_q + (step X) dS_q
+        dX = (M^T dz) before + (m^T dz) gain_m + (step X) dS + step d(step X)
+        d(step X) = X dS^T + Q dS_q^T - E^T (gain_end D + after P) - E_m^T (keep D)
 
     What all rows share comes in parts, one for each block of rows: dX, dQ (blocks of rows, n, c, I), d_eta (.., n, c) and
     work (n, blocks of rows, blocks, 5 BC + 9, BC): the gradients of scores of q, of scores of x, of `between`, of `gain`
@@ -841,56 +857,52 @@ def _chunk_backward_tokens(
     x and as q see them, and of everything, gain_m_end, keep_m.
     """
     n = tl.program_id(0).to(tl.int64)
+    read, n_read = _reader(n, memories, readers)
     s = tl.program_id(2) * BC
     left = min(BC, c - s)
     part = (tl.program_id(1) * tl.num_programs(0) + n) * c + s
     at += n * 8
     t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
     X, D = X + tl.load(at + 2) + s * x_row, D + tl.load(at + 3) + s * d_row
-    eta, alpha = eta + tl.load(at + 5) + s, alpha + tl.load(at + 6) + s
     state = (n * tl.num_programs(2) + tl.program_id(2)) * (2 * O * I)
     states, ends = states + state, ends + state
     work += ((n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)) * ((5 * BC + 9) * BC)
     tokens = (n * c + s) * O
-    if theta is not None:
-        theta += tl.load(at + 7) + s
     if Q is not None:
+        dR += (n_read * c + s) * O
+        dQ += ((tl.program_id(1) * (tl.num_programs(0) // memories * readers) + n_read) * c + s) * I
         Q += tl.load(at + 4) + s * q_row
-    step = tl.load(eta + t, mask=t < left, other=0.0).to(tl.float32)
-    gates = _gates(alpha, theta, t, left, EMA, PRECISION)
+    step = tl.load(eta + tl.load(at + 5) + s + t, mask=t < left, other=0.0).to(tl.float32)
+    th = None if theta is None else theta + tl.load(at + 7) + s
+    gates = _gates(alpha + tl.load(at + 6) + s, th, t, left, EMA, PRECISION)
     now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[:13]
-    d_now, d_between, d_gain = (
-        tl.zeros((BC,), tl.float32),
-        tl.zeros((BC, BC), tl.float32),
-        tl.zeros((BC, BC), tl.float32),
-    )
-    if INCLUSIVE and Q is None:
+    d_now, d_between = tl.zeros((BC,), tl.float32), tl.zeros((BC, BC), tl.float32)
+    d_gain = d_between
+    if INCLUSIVE:
         _store_matrix(work + 4 * BC * BC, d_gain, t, t, BC, BC)
-    before_q, gain_m_q = before, gain_m
     if Q is not None:
-        scores = tl.zeros((BC, BC), tl.float32)
-        for i0 in tl.range(0, I, BI, disable_licm=True):
-            i = i0 + tl.arange(0, BI)
-            xe = tl.trans(_tokens(X, x_row, t, i, left, I) * step[None, :])
-            scores += _dot(xe, _tokens(Q, q_row, t, i, left, I), PRECISION)
-        b_q, g_q = between, gain
-        if INCLUSIVE:
-            before_q, gain_m_q = now * before, now * gain_m + start
-            b_q = now[None, :] * between + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-            g_q = b_q if theta is None else now[None, :] * gain + N
-        part_of = _dot(tl.trans(_tokens(D, d_row, t, o, left, O)), _tokens(dR + tokens, O, t, o, left, O), PRECISION)
-        dS, d_gain = g_q * part_of, -scores * part_of
-        tl.debug_barrier()
-        if DELTA:
-            dy = _tokens(dR + tokens, O, t, o, left, O)
-            part_of = _dot(tl.trans(_tokens(P + tokens, O, t, o, left, O)), dy, PRECISION)
-            dS += b_q * part_of
-            d_between = -scores * part_of
-        _store_matrix(work, dS, t, t, BC, BC)
-        if INCLUSIVE:
-            d_now += tl.sum(d_gain * gain + d_between * between, 0)
-            _store_matrix(work + 4 * BC * BC, d_gain, t, t, BC, BC)
-            d_gain, d_between = now[None, :] * d_gain, now[None, :] * d_between
+        if read:
+            scores = tl.zeros((BC, BC), tl.float32)
+            for i0 in tl.range(0, I, BI, disable_licm=True):
+                i = i0 + tl.arange(0, BI)
+                xe = tl.trans(_tokens(X, x_row, t, i, left, I) * step[None, :])
+                scores += _dot(xe, _tokens(Q, q_row, t, i, left, I), PRECISION)
+            b_q, g_q = between, gain
+            if INCLUSIVE:
+                b_q, g_q = _after_write(now, before, between, gain, gain_m, N, start, theta, t)[1:3]
+            part_of = _dot(tl.trans(_tokens(D, d_row, t, o, left, O)), _tokens(dR, O, t, o, left, O), PRECISION)
+            dS, d_gain = g_q * part_of, -scores * part_of
+            tl.debug_barrier()
+            if DELTA:
+                dy = _tokens(dR, O, t, o, left, O)
+                part_of = _dot(tl.trans(_tokens(P + tokens, O, t, o, left, O)), dy, PRECISION)
+                dS += b_q * part_of
+                d_between = -scores * part_of
+            _store_matrix(work, dS, t, t, BC, BC)
+            if INCLUSIVE:
+                d_now += tl.sum(d_gain * gain + d_between * between, 0)
+                _store_matrix(work + 4 * BC * BC, d_gain, t, t, BC, BC)
+                d_gain, d_between = now[None, :] * d_gain, now[None, :] * d_between
     if DELTA:
         scores = tl.zeros((BC, BC), tl.float32)
         for i0 in tl.range(0, I, BI, disable_licm=True):
@@ -899,19 +911,29 @@ def _chunk_backward_tokens(
         tl.debug_barrier()
         dz = _tokens(dZ + tokens, O, t, o, left, O)
         part_of = _dot(tl.trans(_tokens(D, d_row, t, o, left, O)), dz, PRECISION)
-        dS = gain * part_of
+        _store_matrix(work + BC * BC, gain * part_of, t, t, BC, BC)
         d_gain -= scores * part_of
         tl.debug_barrier()
         dz = _tokens(dZ + tokens, O, t, o, left, O)
         part_of = _dot(tl.trans(_tokens(P + tokens, O, t, o, left, O)), dz, PRECISION)
-        _store_matrix(work + BC * BC, dS + between * part_of, t, t, BC, BC)
         d_between -= scores * part_of
+        part_of = between * part_of + _matrix(work + BC * BC, t, t, BC, BC)
+        tl.debug_barrier()
+        _store_matrix(work + BC * BC, part_of, t, t, BC, BC)
     _store_matrix(work + 2 * BC * BC, d_between, t, t, BC, BC)
     _store_matrix(work + 3 * BC * BC, d_gain, t, t, BC, BC)
+    line = work + 5 * BC * BC + t
+    tl.store(line + 3 * BC, d_now)
     tl.debug_barrier()
 
-    d_before, d_before_q, d_gain_m, d_gain_m_q, d_step = (tl.zeros((BC,), tl.float32),) * 5
-    d_everything = tl.sum(d_step)
+    th = None if theta is None else theta + tl.load(at + 7) + s
+    gates = _gates(alpha + tl.load(at + 6) + s, th, t, left, EMA, PRECISION)  # again: kept, they would take registers
+    now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[:13]
+    before_q, gain_m_q = before, gain_m
+    if INCLUSIVE:
+        before_q, gain_m_q = now * before, now * gain_m + start
+    d_before, d_before_q, d_gain_m, d_gain_m_q = (tl.zeros((BC,), tl.float32),) * 4
+    d_everything = tl.sum(d_before)
     d_gain_m_end, d_keep_m = d_everything, d_everything
     for i0 in tl.range(0, I, BI, disable_licm=True):
         i = i0 + tl.arange(0, BI)
@@ -923,42 +945,45 @@ def _chunk_backward_tokens(
             d_keep_m += tl.sum(w_m * _matrix(ends + O * I, o, i, O, I))
         tl.debug_barrier()
         if Q is not None:
-            q, dy = _tokens(Q, q_row, t, i, left, I), _tokens(dR + tokens, O, t, o, left, O)
-            read = _dot(tl.trans(_matrix(states, o, i, O, I)), dy, PRECISION)
-            dq = before_q[None, :] * read
-            if INCLUSIVE:
-                d_before_q += tl.sum(q * read, 0)
-            else:
-                d_before += tl.sum(q * read, 0)
-            tl.debug_barrier()
-            if theta is not None:
-                dy = _tokens(dR + tokens, O, t, o, left, O)
-                read = _dot(tl.trans(_matrix(states + O * I, o, i, O, I)), dy, PRECISION)
-                dq += gain_m_q[None, :] * read
+            if read:
+                q, dy = _tokens(Q, q_row, t, i, left, I), _tokens(dR, O, t, o, left, O)
+                y = _dot(tl.trans(_matrix(states, o, i, O, I)), dy, PRECISION)
+                dq = before_q[None, :] * y
                 if INCLUSIVE:
-                    d_gain_m_q += tl.sum(q * read, 0)
+                    d_before_q += tl.sum(q * y, 0)
                 else:
-                    d_gain_m += tl.sum(q * read, 0)
-            xe = _tokens(X, x_row, t, i, left, I) * step[None, :]
-            dq -= _dot(xe, _matrix(work, t, t, BC, BC), PRECISION)
-            _store_tokens(dQ + part * I, dq, I, t, i, left, I)
+                    d_before += tl.sum(q * y, 0)
+                tl.debug_barrier()
+                if theta is not None:
+                    dy = _tokens(dR, O, t, o, left, O)
+                    y = _dot(tl.trans(_matrix(states + O * I, o, i, O, I)), dy, PRECISION)
+                    dq += gain_m_q[None, :] * y
+                    if INCLUSIVE:
+                        d_gain_m_q += tl.sum(q * y, 0)
+                    else:
+                        d_gain_m += tl.sum(q * y, 0)
+                xe = _tokens(X, x_row, t, i, left, I) * step[None, :]
+                dq -= _dot(xe, _matrix(work, t, t, BC, BC), PRECISION)
+                _store_tokens(dQ, dq, I, t, i, left, I)
+    tl.store(line + 5 * BC, d_before_q)
+    tl.store(line + 7 * BC, d_gain_m_q)
+    tl.store(line + 8 * BC, tl.where(t == 0, d_everything, tl.where(t == 1, d_gain_m_end, d_keep_m)))
+    d_step = tl.zeros((BC,), tl.float32)
     for i0 in tl.range(0, I, BI, disable_licm=True):
         i = i0 + tl.arange(0, BI)
         dx, dxe = tl.zeros((BI, BC), tl.float32), tl.zeros((BI, BC), tl.float32)
         writes = gain_end[None, :] * _tokens(D, d_row, t, o, left, O)
         if DELTA:
             x, dz = _tokens(X, x_row, t, i, left, I), _tokens(dZ + tokens, O, t, o, left, O)
-            read = _dot(tl.trans(_matrix(states, o, i, O, I)), dz, PRECISION)
-            d_before += tl.sum(x * read, 0)
-            dx += before[None, :] * read
+            y = _dot(tl.trans(_matrix(states, o, i, O, I)), dz, PRECISION)
+            d_before += tl.sum(x * y, 0)
+            dx += before[None, :] * y
             tl.debug_barrier()
             if theta is not None:
-                read = _dot(
-                    tl.trans(_matrix(states + O * I, o, i, O, I)), _tokens(dZ + tokens, O, t, o, left, O), PRECISION
-                )
-                x = _tokens(X, x_row, t, i, left, I)
-                d_gain_m += tl.sum(x * read, 0)
-                dx += gain_m[None, :] * read
+                x, dz = _tokens(X, x_row, t, i, left, I), _tokens(dZ + tokens, O, t, o, left, O)
+                y = _dot(tl.trans(_matrix(states + O * I, o, i, O, I)), dz, PRECISION)
+                d_gain_m += tl.sum(x * y, 0)
+                dx += gain_m[None, :] * y
                 tl.debug_barrier()
                 x = _tokens(X, x_row, t, i, left, I)
             dS = _matrix(work + BC * BC, t, t, BC, BC)
@@ -973,40 +998,36 @@ def _chunk_backward_tokens(
             dxe -= _dot(tl.trans(_matrix(ends + O * I, o, i, O, I)), writes, PRECISION)
             tl.debug_barrier()
         if Q is not None:
-            dS = _matrix(work, t, t, BC, BC)
-            dxe -= _dot(_tokens(Q, q_row, t, i, left, I), tl.trans(dS), PRECISION)
+            if read:
+                dS = _matrix(work, t, t, BC, BC)
+                dxe -= _dot(_tokens(Q, q_row, t, i, left, I), tl.trans(dS), PRECISION)
         d_step += tl.sum(dxe * _tokens(X, x_row, t, i, left, I), 0)
         _store_tokens(dX + part * I, dx + dxe * step[None, :], I, t, i, left, I)
         tl.debug_barrier()
     tl.store(d_eta + part + t, d_step, mask=t < left)
-    line = work + 5 * BC * BC + t
-    tl.store(line + 3 * BC, d_now)
     tl.store(line + 4 * BC, d_before)
-    tl.store(line + 5 * BC, d_before_q)
     tl.store(line + 6 * BC, d_gain_m)
-    tl.store(line + 7 * BC, d_gain_m_q)
-    tl.store(line + 8 * BC, tl.where(t == 0, d_everything, tl.where(t == 1, d_gain_m_end, d_keep_m)))
 
 
 @jit
 def _chunk_backward_gates(
-    alpha, theta, at, work, d_alpha, d_theta, c, ROWS: tl.constexpr,
+    alpha, theta, at, work, d_alpha, d_theta, c, row_blocks,
     BC: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_alpha, d_theta (n, c) from the products of gates, whose gradients are in `work`, a part for each of ROWS blocks of
-    rows. Grid (n, blocks of tokens)."""
+    """d_alpha, d_theta (n, c) from the products of gates, whose gradients are in `work`, a part for each of the
+    blocks of rows. Grid (n, blocks of tokens)."""
     n = tl.program_id(0).to(tl.int64)
     s, t = tl.program_id(1) * BC, tl.arange(0, BC)
     left = min(BC, c - s)
     alpha += tl.load(at + n * 8 + 6) + s
     if theta is not None:
         theta += tl.load(at + n * 8 + 7) + s
-    work += (n * ROWS * tl.num_programs(1) + tl.program_id(1)) * ((5 * BC + 9) * BC)
+    work += (n * row_blocks * tl.num_programs(1) + tl.program_id(1)) * ((5 * BC + 9) * BC)
     d_between, d_gain, dN = (tl.zeros((BC, BC), tl.float32),) * 3
     d_gain_end, d_after, d_keep, d_now, d_before, d_before_q, d_gain_m, d_gain_m_q, scalars = (
         tl.zeros((BC,), tl.float32),
     ) * 9
-    for b in range(0, ROWS):
+    for _ in tl.range(0, row_blocks, disable_licm=True):
         line = work + 5 * BC * BC + t
         d_between += _matrix(work + 2 * BC * BC, t, t, BC, BC)
         d_gain += _matrix(work + 3 * BC * BC, t, t, BC, BC)
@@ -1067,48 +1088,56 @@ def _blocks(o: int, i: int, BO: int) -> dict:
 
 @lru_cache(maxsize=512)
 def _begins(lead: tuple, layouts: tuple, device: torch.device) -> Tensor:
-    """(n, k) int64: where the part of each of n = prod(lead) memories begins in k tensors of these leading (shape, stride)."""
+    """(n, k) int64: where the part of each of n = prod(lead) memories begins in k tensors of these leading (shape, stride).
+
+    A tensor that has fewer along the last dimension belongs to the last ones.
+    """
     columns = []
     for layout in layouts:
         at = torch.zeros((), dtype=torch.int64)
         for size, stride in zip(*layout):
             at = at.unsqueeze(-1) + stride * torch.arange(size)
+        if at.ndim and at.shape[-1] not in (1, lead[-1]):
+            at = F.pad(at, (lead[-1] - at.shape[-1], 0))
         columns.append(at.expand(lead).reshape(-1))
     return torch.stack(columns, -1).contiguous().to(device)
 
 
-def _launch(inputs: tuple, ema: bool, inclusive: bool, delta: bool, chunk: int | None = None, keep_P: bool = False):
-    """Run `_chunk_forward`; `chunk` makes it the scan over chunks. Returns M, m, R, P and what the backward pass needs."""
+def _launch(inputs: tuple, ema: bool, inclusive: bool, delta: bool, readers: int | None, keep_P: bool = False):
+    """Run `_chunk_forward`. Returns M, m, R, P and what the backward pass needs."""
     (o, i), c = inputs[0].shape[-2:], inputs[2].shape[-2]
     packed = lambda z, k: z.stride(-1) == 1 and (k > 1 or z.stride(-2) == z.shape[-1])
     inputs = tuple(None if z is None else z if packed(z, k) else z.contiguous() for k, z in enumerate(inputs))
+    M, m, X, D, Q, eta, alpha, theta = inputs
     leads = [
         ((), ()) if z is None else (z.shape[:-k], z.stride()[:-k]) for z, k in zip(inputs, (2, 2, 2, 2, 2, 1, 1, 1))
     ]
-    lead = torch.broadcast_shapes(*(shape for shape, _ in leads))
-    M, m, X, D, Q, eta, alpha, theta = inputs
+    lead = torch.broadcast_shapes(*(shape for z, (shape, _) in zip(inputs, leads) if readers is None or z is not Q))
     at = _begins(tuple(lead), tuple((tuple(a), tuple(b)) for a, b in leads), X.device)
-    new = lambda *shape: torch.empty(*lead, *shape, dtype=torch.float32, device=X.device)
-    M_end, m_end, anchor = new(o, i), None if theta is None else new(o, i), None if chunk is None else new(o, i)
-    R, P = None if Q is None else new(c, o), new(c, o) if keep_P and delta else None
+    new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=X.device)
+    M_end, m_end = new(*lead, o, i), None if theta is None else new(*lead, o, i)
+    of_reads = lead if readers is None else (*lead[:-1], readers)
+    R, P = None if Q is None else new(*of_reads, c, o), new(*lead, c, o) if keep_P and delta else None
+    reads = dict(memories=1, readers=1) if readers is None else dict(memories=lead[-1], readers=readers)
     rows = dict(x_row=X.stride(-2), d_row=D.stride(-2), q_row=0 if Q is None else Q.stride(-2))
     sizes, flags = _blocks(o, i, 32 if o > 16 else 16), dict(EMA=ema, DELTA=delta, PRECISION=_precision(X.device))
     grid = (len(at), -(-o // sizes["BO"]))
+    work = new(*grid, 4 * sizes["BC"] + 8, sizes["BC"])
     with _on(X.device):
         _chunk_forward[grid](
-            *inputs, at, M_end, m_end, anchor, R, P, c, chunk or c, **rows, **sizes, **flags, INCLUSIVE=inclusive
+            *inputs, at, M_end, m_end, R, P, work, c, **reads, **rows, **sizes, **flags, INCLUSIVE=inclusive
         )
-    return M_end, m_end, R, P, inputs, (at, lead, {**rows, **flags})
+    return M_end, m_end, R, P, inputs, (at, lead, reads, {**rows, **flags})
 
 
 class _TritonChunk(torch.autograd.Function):
     """`dgd_chunk` by the kernels: one launch forward, four backward; only P is stored."""
 
     @staticmethod
-    def forward(ctx, ema, inclusive, delta, *inputs):
-        M, m, R, P, inputs, ctx.call = _launch(inputs, ema, inclusive, delta, keep_P=any(ctx.needs_input_grad))
+    def forward(ctx, ema, inclusive, delta, readers, *inputs):
+        M, m, R, P, inputs, ctx.call = _launch(inputs, ema, inclusive, delta, readers, any(ctx.needs_input_grad))
         ctx.save_for_backward(*inputs, P)
-        ctx.flags = ema, inclusive, delta
+        ctx.flags = dict(ema=ema, inclusive=inclusive, delta=delta, readers=readers)
         ctx.set_materialize_grads(False)
         return M, m, R
 
@@ -1118,12 +1147,12 @@ class _TritonChunk(torch.autograd.Function):
         M, m, X, D, Q, eta, alpha, theta = inputs
         if torch.is_grad_enabled():  # a second derivative is wanted: the reference's backward pass has one
             inputs = _aliases(*inputs)
-            outs = _reference(*inputs, *ctx.flags)
+            outs = _reference(*inputs, **ctx.flags)
             outs, grads = zip(*((z, g) for z, g in zip(outs, (dM, dm, dR)) if z is not None and g is not None))
             wanted = [z for z in inputs if z is not None and z.requires_grad]
             got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
-            return None, None, None, *(next(got) if z is not None and z.requires_grad else None for z in inputs)
-        (at, lead, flags), (o, i), c = ctx.call, M.shape[-2:], X.shape[-2]
+            return *(None,) * 4, *(next(got) if z is not None and z.requires_grad else None for z in inputs)
+        (at, lead, reads, flags), (o, i), c = ctx.call, M.shape[-2:], X.shape[-2]
         flags = {**flags, **_blocks(o, i, 16)}
         BC, grid = flags["BC"], (len(at), -(-o // flags["BO"]))
         blocks = -(-c // BC)
@@ -1131,8 +1160,8 @@ class _TritonChunk(torch.autograd.Function):
         of_end = lambda g: new(*lead, o, i).zero_() if g is None else g.clone(memory_format=torch.contiguous_format)
         dM, dm = of_end(dM), None if theta is None else of_end(dm)
         dR, Q = (None, None) if dR is None else (dR.contiguous(), Q)
-        part = lambda z, *shape: None if z is None else new(grid[1], *lead, *shape)
-        dX, dQ, d_eta = part(X, c, i), part(Q, c, i), part(eta, c)
+        part = lambda z, *shape: None if z is None else new(grid[1], *shape)
+        dX, dQ, d_eta = part(X, *lead, c, i), part(Q, *(() if Q is None else dR.shape[:-1]), i), part(eta, *lead, c)
         d_alpha, d_theta = new(*lead, c), None if theta is None else new(*lead, c)
         dD, dZ = new(*lead, c, o), None if P is None else new(len(at), c, o)
         states, ends = new(len(at), blocks, 2, o, i), new(len(at), blocks, 2, o, i)
@@ -1141,7 +1170,7 @@ class _TritonChunk(torch.autograd.Function):
         with _on(X.device):
             plain = {k: flags[k] for k in flags if k != "q_row"}
             _chunk_states[grid](M, m, X, D, eta, alpha, theta, at, P, states, c, **plain)
-            flags["INCLUSIVE"] = ctx.flags[1]
+            flags |= dict(reads, INCLUSIVE=ctx.flags["inclusive"])
             _chunk_backward[grid](*shared, dM, dm, ends, dD, dZ, work, c, **flags)
             _chunk_backward_tokens[(*grid, blocks)](*shared, states, ends, dZ, work, dX, dQ, d_eta, c, **flags)
             flags = {k: flags[k] for k in ("BC", "EMA", "DELTA", "INCLUSIVE", "PRECISION")}
@@ -1151,7 +1180,288 @@ class _TritonChunk(torch.autograd.Function):
         dX, dQ, d_eta = (None if z is None else z.sum(0) for z in (dX, dQ, d_eta))
         grads = dM, dm, dX, dD, dQ, d_eta, d_alpha, d_theta
         fold = lambda g, z: None if z is None or g is None else g.sum_to_size(z.shape).to(z.dtype)
-        return None, None, None, *(fold(g, z) for g, z in zip(grads, inputs))
+        return *(None,) * 4, *(fold(g, z) for g, z in zip(grads, inputs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A whole memory layer in Triton, for inputs without gradients: what `hope.Memory` does chunk by chunk, in one launch. A
+# program has one head of one sequence and all its memories, one after the other, block of tokens by block: memories of a
+# head share keys, values and gates, and the memories that make these are read as they were when the chunk began. Its part
+# of the states stays in the cache, activations of a block (BC tokens) pass through `work` from a product to the next.
+# The price: there are no more programs than heads times sequences, so that few sequences leave a large GPU idle. Rows can't
+# be spread over programs, as `dgd_chunk` does: both layers and the normalisations need all rows of the one before.
+
+
+@jit
+def _apply(W, X, row, t, o, left, O, I, BI: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows o of W x, (BO, BC)."""
+    y = tl.zeros((o.shape[0], t.shape[0]), tl.float32)
+    for i0 in tl.range(0, I, BI, disable_licm=True):
+        i = i0 + tl.arange(0, BI)
+        y += _dot(_matrix(W, o, i, O, I), _tokens(X, row, t, i, left, I), PRECISION)
+    return y
+
+
+@jit
+def _layer_norm(y, e, E):
+    """y (BE, BC) with mean 0 and variance 1 in every column, and the standard deviations it had."""
+    y = tl.where((e < E)[:, None], y - tl.sum(y, 0)[None, :] / E, 0.0)
+    std = tl.sqrt(tl.sum(y * y, 0) / E + 1e-5)
+    return y / std[None, :], std
+
+
+@jit
+def _mlp(W2, W1, X, row, z, hidden, t, e, left, E, H, NORM: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr):
+    """y = W1 silu(W2 x), (BE, BC), or its layer norm, and the standard deviations that this divides by; leaves z = W2 x
+    and silu(z) where it is told. Without W1, W2 x."""
+    std = tl.full(t.shape, 1.0, tl.float32)
+    if W1 is None:
+        y = _apply(W2, X, row, t, e, left, E, E, BI, PRECISION)
+    else:
+        tl.debug_barrier()
+        for o0 in tl.range(0, H, e.shape[0], disable_licm=True):
+            o = o0 + e
+            y = _apply(W2, X, row, t, o, left, H, E, BI, PRECISION)
+            _store_tokens(z, y, H, t, o, left, H)
+            _store_tokens(hidden, y * tl.sigmoid(y), H, t, o, left, H)
+        tl.debug_barrier()
+        y = _apply(W1, hidden, H, t, e, left, E, H, BI, PRECISION)
+        if NORM:
+            y, std = _layer_norm(y, e, E)
+    return y, std
+
+
+@jit
+def _normalized(y):
+    return y / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), 1e-12)[None, :]
+
+
+@jit
+def _gate(read, bias, head, X, t, e, left, E):
+    """<read, x> + bias, a number a token (BC,)."""
+    weight = tl.load(read + head * E + e, mask=e < E, other=0.0).to(tl.float32)
+    return tl.sum(_tokens(X, E, t, e, left, E) * weight[:, None], 0) + tl.load(bias + head).to(tl.float32)
+
+
+@jit
+def _step(eta, x2, chunk, STEP: tl.constexpr):
+    """The inner step for inputs of squared length x2: the minimiser of eq. 56, an average over the chunk, or as it is."""
+    return eta / (1.0 + eta * x2) if STEP == "exact" else eta / chunk if STEP == "mean" else eta
+
+
+@jit
+def _move(to, W, size):
+    at = tl.arange(0, 1024)
+    for i in tl.range(0, size, 1024):
+        tl.store(to + i + at, tl.load(W + i + at, mask=i + at < size), mask=i + at < size)
+
+
+@jit
+def _memory_scan(
+    U, K, V, Q, eta, alpha, theta, at, W2, W1, m2, m1, A2, A1, scale, eta_read, eta_bias, alpha_read, alpha_bias, Y, work,
+    blocks, t0, length, heads, memories, adaptive, u_row, k_row, v_row, q_row, E, H,
+    CHUNK: tl.constexpr, CHUNK_PROJ: tl.constexpr, L2: tl.constexpr, STEP: tl.constexpr, SELF_VALUES: tl.constexpr, QK_NORM: tl.constexpr, NORM: tl.constexpr,
+    EMA: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`memory_scan`. Grid (sequences x heads); at: (n, 7), where each one's part of the first seven begins.
+
+    For every block of tokens: at a chunk's start now becomes anchor (A2, A1); the adaptive ones of k, v, q, eta, alpha
+    are read from anchors; then for every memory, eqs. 84 and 88: its value; the inner loss's gradients at the outputs of
+    both layers,  d1 = k + y - v,  d2 = (W1^T d1) silu'(z),  with the anchor; `_block` for each layer, the main memory's
+    (the last one's) with reads. W1 is None for a linear memory, which has d1 only.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    head, at, size = n % heads, at + n * 7, E * H
+    t, e = tl.arange(0, BC), tl.arange(0, BE)
+    z = work + n * ((4 * H + (1 + adaptive) * E + 1 + 4 * BC + 8) * BC)
+    hidden, d2, q1 = z + H * BC, z + 2 * H * BC, z + 3 * H * BC
+    d1 = z + 4 * H * BC
+    reads = d1 + E * BC
+    line = reads + adaptive * E * BC
+    gates = line + BC
+    v_at = reads + (E * BC if K is None else 0)
+    q_at = v_at + (E * BC if V is None else 0)
+    eta_at = q_at + (E * BC if Q is None else 0)
+    alpha_at = eta_at + (E * BC if eta is None else 0)
+    k_place = 0 if K is None else -1
+    q_place = (1 if K is None else 0) + (1 if V is None else 0) if Q is None else -1
+    s = t0 * 0
+    for _ in tl.range(0, blocks, disable_licm=True):
+        left = min(min(BC, length - s), min(CHUNK - (t0 + s) % CHUNK, CHUNK_PROJ - (t0 + s) % CHUNK_PROJ))
+        tl.debug_barrier()
+        if (t0 + s) % CHUNK_PROJ == 0:
+            first = n * memories * size
+            _move(A2 + first, W2 + first, (memories - 1) * size)
+            if W1 is not None:
+                _move(A1 + first, W1 + first, (memories - 1) * size)
+        if (t0 + s) % CHUNK == 0:
+            last = (n * memories + memories - 1) * size
+            _move(A2 + last, W2 + last, size)
+            if W1 is not None:
+                _move(A1 + last, W1 + last, size)
+        tl.debug_barrier()
+        if U is not None:
+            u = U + tl.load(at) + s * u_row
+            for j in tl.range(0, adaptive, disable_licm=True):
+                here = (n * memories + j) * size
+                y, std = _mlp(
+                    A2 + here, None if W1 is None else A1 + here, u, u_row, z, hidden, t, e, left, E, H, NORM, BI,
+                    PRECISION,
+                )  # fmt: skip
+                if W1 is not None:
+                    y += _tokens(u, u_row, t, e, left, E)
+                if QK_NORM:
+                    if (j == k_place) | (j == q_place):
+                        y = _normalized(y)
+                _store_tokens(reads + j * E * BC, y, E, t, e, left, E)
+            tl.debug_barrier()
+        k, k_r, v, v_r, q, q_r = reads, E, v_at, E, q_at, E
+        if K is not None:
+            k, k_r = K + tl.load(at + 1) + s * k_row, k_row
+        if V is not None:
+            v, v_r = V + tl.load(at + 2) + s * v_row, v_row
+        if Q is not None:
+            q, q_r = Q + tl.load(at + 3) + s * q_row, q_row
+        if eta is not None:
+            rate = tl.load(eta + tl.load(at + 4) + s + t, mask=t < left, other=0.0)
+        else:  # softplus
+            rate = _gate(eta_read, eta_bias, head, eta_at, t, e, left, E)
+            small = tl.exp(-tl.abs(rate))
+            series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0 - small * 0.25)))
+            rate = tl.maximum(rate, 0.0) + tl.where(small < 0.03, series, tl.log(1.0 + small))
+        if alpha is not None:
+            keep = alpha + tl.load(at + 5) + s
+        else:
+            keep = line
+            tl.store(line + t, tl.sigmoid(_gate(alpha_read, alpha_bias, head, alpha_at, t, e, left, E)))
+            tl.debug_barrier()
+        th = None if theta is None else theta + tl.load(at + 6) + s
+        _put_gates(gates, keep, th, t, left, EMA, READ == "after", PRECISION)
+        if READ == "chunk":
+            last = (n * memories + memories - 1) * size
+            y, std = _mlp(
+                A2 + last, None if W1 is None else A1 + last, q, q_r, z, hidden, t, e, left, E, H, NORM, BI, PRECISION
+            )
+            if W1 is not None:
+                y += _tokens(q, q_r, t, e, left, E)
+            _store_tokens(Y + (n * length + s) * E, y, E, t, e, left, E)
+        for j in tl.range(0, memories, disable_licm=True):
+            here = (n * memories + j) * size
+            a2, a1 = A2 + here, None if W1 is None else A1 + here
+            value = _tokens(v, v_r, t, e, left, E)
+            if SELF_VALUES:
+                y, std = _mlp(a2, a1, v, v_r, z, hidden, t, e, left, E, H, NORM, BI, PRECISION)
+                value = y if W1 is None else value + y
+                if scale is not None:
+                    value = tl.load(scale + head * memories + j) * _normalized(value)
+            x, d = _tokens(k, k_r, t, e, left, E), -value
+            if W1 is None:
+                if L2:
+                    d += _apply(a2, k, k_r, t, e, left, E, E, BI, PRECISION)
+                _store_tokens(d2, d, E, t, e, left, E)
+            else:
+                y, std = _mlp(a2, a1, k, k_r, z, hidden, t, e, left, E, H, NORM, BI, PRECISION)
+                if L2:
+                    d += x + y
+                if NORM:
+                    d = (d - tl.sum(d, 0)[None, :] / E - y * (tl.sum(d * y, 0) / E)[None, :]) / std[None, :]
+                _store_tokens(d1, d, E, t, e, left, E)
+            step, hidden2 = _step(rate, tl.sum(x * x, 0), CHUNK, STEP), tl.zeros((BC,), tl.float32)
+            tl.debug_barrier()
+            if W1 is not None:
+                for o0 in tl.range(0, H, BE, disable_licm=True):
+                    o, back = o0 + e, tl.zeros((BE, BC), tl.float32)
+                    for i0 in tl.range(0, E, BI, disable_licm=True):
+                        i = i0 + tl.arange(0, BI)
+                        back += _dot(tl.trans(_matrix(a1, i, o, E, H)), _tokens(d1, E, t, i, left, E), PRECISION)
+                    zs, hs = _tokens(z, H, t, o, left, H), _tokens(hidden, H, t, o, left, H)
+                    _store_tokens(d2, back * tl.sigmoid(zs) * (1.0 + zs - hs), H, t, o, left, H)
+                    hidden2 += tl.sum(hs * hs, 0)
+                tl.debug_barrier()
+            read = (j == memories - 1).to(tl.int32) if READ != "chunk" else 0
+            for o0 in tl.range(0, H, BE, disable_licm=True):
+                o = o0 + e
+                r = _block(
+                    W2 + here, None if theta is None else m2 + here, k, k_r, d2, H,
+                    None if READ == "chunk" else q, q_r, read, step, gates, t, o, left, H, E, None, BI, DELTA, READ == "after", PRECISION,
+                )  # fmt: skip
+                if READ != "chunk":
+                    if W1 is None:
+                        _store_tokens(Y + (n * length + s) * E, r, E, t, e, left * read, E)
+                    else:
+                        _store_tokens(q1, r * tl.sigmoid(r), H, t, o, left * read, H)
+            if W1 is not None:
+                tl.debug_barrier()
+                r = _block(
+                    W1 + here, None if theta is None else m1 + here, hidden, H, d1, E,
+                    None if READ == "chunk" else q1, H, read, _step(rate, hidden2, CHUNK, STEP), gates, t, e, left, E, H, None, BI, DELTA, READ == "after", PRECISION,
+                )  # fmt: skip
+                if READ != "chunk":
+                    if NORM:
+                        r, std = _layer_norm(r, e, E)
+                    r += _tokens(q, q_r, t, e, left, E)
+                    _store_tokens(Y + (n * length + s) * E, r, E, t, e, left * read, E)
+            tl.debug_barrier()
+        s += left
+
+
+def scans(x: Tensor, width: int) -> bool:
+    """Whether `memory_scan` runs for streams like x of heads this wide: by Triton, without gradients."""
+    if torch.is_grad_enabled() or x.dtype == torch.float64 or not uses_triton(x):
+        return False
+    if width > 128:
+        _fall_back(
+            f"chunk by chunk: heads of {width} are wider than 128, what one launch for all chunks takes; use more"
+        )
+    return width <= 128
+
+
+def memory_scan(
+    streams: dict[str, Tensor], now: list[Tensor], momentum: list[Tensor] | None, anchor: list[Tensor], *,
+    t: int, chunk: int, chunk_proj: int, adaptive: int, gates: dict[str, tuple[Tensor, Tensor]], scale: Tensor | None,
+    objective: str, step: str, read: str, self_values: bool, qk_norm: bool, norm: bool, delta: bool,
+) -> Tensor:  # fmt: skip
+    """All tokens of a `hope.Memory`, which defines what this computes, in one launch: no state leaves the GPU's kernel
+    from chunk to chunk. Without gradients; float32.
+
+    Args:
+        streams: what does not depend on a memory: u, k, v, q (b, h, s, e), eta, alpha, theta (b, h, s). Of k, v, q, eta,
+            alpha those left out are read at u from the first `adaptive` memories, in this order.
+        now, momentum, anchor: per layer (b, h, n, o, i), the main memory last, contiguous: *changed in place*.
+        t: tokens before the first; chunks begin at multiples of `chunk` (main memory) and `chunk_proj` (the others).
+        gates: (read (h, 1, e), bias (h, 1)) of eta and alpha where they are adaptive.
+        scale: (h, n, 1, 1) of self-generated values, which are normalised then.
+
+    Returns y (b, h, s, e).
+    """
+    some = next(iter(streams.values()))
+    b, h, n, H, E = now[0].shape
+    length = some.shape[2]
+    names = "u", "k", "v", "q", "eta", "alpha", "theta"
+    inputs = [streams.get(name) for name in names]
+    inputs = [z if z is None or z.stride(-1) == 1 else z.contiguous() for z in inputs]
+    layouts = tuple(((), ()) if z is None else (tuple(z.shape[:2]), z.stride()[:2]) for z in inputs)
+    at = _begins((b, h), layouts, some.device)
+    rows = {f"{name}_row": 0 if z is None else z.stride(-2) for name, z in zip(names[:4], inputs)}
+    both = lambda layers: (None, None) if layers is None else (*layers, None)[:2]
+    eta_gate, alpha_gate = (gates.get(name, (None, None)) for name in ("eta", "alpha"))
+    Y = torch.empty(b, h, length, E, dtype=torch.float32, device=some.device)
+    BE = 64 if E <= 64 else 128
+    work = torch.empty(
+        b * h, 16 * (4 * H + (1 + adaptive) * E + 1 + 4 * 16 + 8), dtype=torch.float32, device=some.device
+    )
+    blocks, s = 0, t
+    while s < t + length:
+        blocks, s = blocks + 1, min(s + 16, t + length, s - s % chunk + chunk, s - s % chunk_proj + chunk_proj)
+    with _on(some.device):
+        _memory_scan[(b * h,)](
+            *inputs, at, *both(now), *both(momentum), *both(anchor), scale, *eta_gate, *alpha_gate, Y, work,
+            blocks, t, length, h, n, adaptive, **rows, E=E, H=H, CHUNK=chunk, CHUNK_PROJ=chunk_proj, L2=objective == "l2", STEP=step,
+            SELF_VALUES=self_values, QK_NORM=qk_norm, NORM=norm, EMA=True, DELTA=delta, READ=read, BC=16, BE=BE, BI=16,
+            PRECISION=_precision(some.device), num_warps=BE // 16, num_stages=1,
+        )  # fmt: skip
+    return Y
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """The Triton kernels without a GPU: machine code for every target, what it takes of a GPU, and how fast it can be.
 
-    python tests/bench/gpu.py [--targets sm_75,sm_80,sm_90,sm_100,gfx942] [--sizes tiny,760m] [--out DIR] [--gpu]
+    python tests/bench/gpu.py [--targets sm_75,sm_80,sm_90,sm_100,gfx942] [--sizes tiny,760m] [--arch hope]
+        [--kernels chunk,memory_scan,symmetric] [--out DIR] [--gpu]
 
-Compiles every kernel at the shapes that every `--size` has and prints two tables: registers, spilled bytes, shared
-memory and estimated occupancy of each; and bytes, FLOPs and the least time on an A100 and an H100, for one chunk of
-a layer. With --out they are also written to DIR as kernels.json. With --gpu the kernels run and are timed beside the
-reference. Needs triton, and TRITON_INTERPRET unset.
+Compiles every kernel at the shapes that every `--size` has and prints two tables: registers, bytes of stack that a
+thread spills to, shared memory and estimated occupancy of each; and bytes, FLOPs, their ratio and the least time on an
+A100 and an H100. With --out they are also written to DIR as kernels.json. With --gpu the kernels run and are timed beside
+the reference. Needs triton, and TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
@@ -36,62 +37,73 @@ LIMITS = {
     "sm_75": (65536, 64 << 10, 32, 16), "sm_80": (65536, 164 << 10, 64, 32), "sm_90": (65536, 228 << 10, 64, 32),
     "sm_100": (65536, 228 << 10, 64, 32), "gfx942": (4 * 512 * 64, 64 << 10, 32, 32),
 }  # fmt: skip
-# Published rates (vendor's data sheets, SXM modules, dense): bytes/s of memory, FLOP/s in TF32.
-RATES = {"A100 80GB": (2.039e12, 156e12), "H100": (3.35e12, 494.7e12)}
+# Published rates (vendor's data sheets, SXM modules, dense): bytes/s of memory, FLOP/s in TF32 and in bfloat16.
+RATES = {"A100 80GB": (2.039e12, 156e12, 312e12), "H100": (3.35e12, 494.7e12, 989.4e12)}
+BLOCK = 16  # tokens that kernels take at once
 
 
-def shapes(sizes: list[str]) -> dict[tuple[int, int, int], list[str]]:
-    """(chunk, rows, width of a memory) -> the sizes whose layers have it."""
-    found: dict[tuple[int, int, int], list[str]] = {}
-    for size in sizes:
-        memory = hope.HopeConfig.preset(size).memory
-        hidden = memory.expand * memory.d_head
-        for shape in {(memory.chunk, hidden, memory.d_head), (memory.chunk, memory.d_head, hidden)}:
-            found.setdefault(shape, []).append(size)
-    return found
+def shapes(m: hope.MemoryConfig) -> list[tuple[int, int]]:
+    """Rows and width of the layers of a memory."""
+    hidden = m.expand * m.d_head
+    return [(m.d_head, m.d_head)] if m.depth == 1 else [(hidden, m.d_head), (m.d_head, hidden)]
 
 
-def calls(c: int, o: int, i: int, precision: str, momentum=True, read=True, delta=True, inclusive=False, scan=False):
-    """Every kernel with the arguments of a call: types as strings, constants, warps."""
-    none = set() if momentum else {"m", "theta", "m_end", "dm", "d_theta"}
-    none |= set() if read else {"Q", "R", "dQ", "dR"}
-    none |= set() if delta else {"P", "dZ"}
-    none |= set() if scan else {"anchor"}
-    constants = dict(x_row=i, d_row=o, q_row=i, EMA=True, DELTA=delta, INCLUSIVE=inclusive, PRECISION=precision)
-    for name, rows in (
-        ("forward", 32),
-        ("states", 16),
-        ("backward", 16),
-        ("backward_tokens", 16),
-        ("backward_gates", 16),
-    ):
-        if scan and name != "forward":
-            continue
-        sizes = kernels._blocks(o, i, min(rows, 16 if o <= 16 else 32))
-        constants |= sizes | {"ROWS": -(-o // sizes["BO"])}
-        args = {k: None if k in none else "*fp32" for k in getattr(kernels, f"_chunk_{name}").arg_names}
-        args |= {k: v for k, v in dict(at="*i64", c="i32", chunk="i32").items() if k in args}
-        args |= {k: v for k, v in constants.items() if k in args}
+def calls(m: hope.MemoryConfig, o: int, i: int, precision: str):
+    """The kernels of `dgd_chunk` for a layer (o, i) of a memory as a call has them: arguments, warps, stages."""
+    none = set() if m.momentum else {"m", "theta", "m_end", "dm", "d_theta"}
+    none |= set() if m.read != "chunk" else {"Q", "R", "dR", "dQ"}
+    none |= set() if m.rule == "dgd" else {"P", "dZ"}
+    flags = dict(EMA=True, DELTA=m.rule == "dgd", INCLUSIVE=m.read == "after", PRECISION=precision)
+    for name in ("forward", "states", "backward", "backward_tokens", "backward_gates"):
+        sizes = kernels._blocks(o, i, 32 if name == "forward" and o > 16 else 16)
+        fn = getattr(kernels, f"_chunk_{name}")
         warps = 1 if name == "backward_gates" else sizes["num_warps"]
-        yield f"chunk_{name}", getattr(kernels, f"_chunk_{name}"), args, warps, 1
-    for dtype in ("fp32", "bf16") if not scan else ():
-        p = precision if dtype == "fp32" else "half"
+        yield f"chunk_{name}", fn, arguments(fn, none, {**flags, **sizes}), warps, 1
+
+
+def scan_call(m: hope.MemoryConfig, precision: str):
+    """The launch that takes a whole layer of this kind over all chunks."""
+    static = set("kvq") - set(m.adaptive)
+    none = {name.upper() for name in "kvq" if name not in static} | (set() if m.adaptive else {"U"})
+    none |= set() if m.depth == 2 else {"W1", "m1", "A1"}
+    none |= set() if m.momentum else {"theta", "m2", "m1"}
+    none |= set() if m.self_values and m.value_norm else {"scale"}
+    for name in ("eta", "alpha"):
+        none |= {name} if name in m.adaptive else {f"{name}_read", f"{name}_bias"}
+    constants = dict(
+        L2=m.objective == "l2", STEP=m.step, SELF_VALUES=m.self_values, QK_NORM=m.qk_norm, NORM=m.memory_norm, EMA=True,
+        DELTA=m.rule == "dgd", READ=m.read, CHUNK=m.chunk, CHUNK_PROJ=m.chunk_proj, BC=16, BE=64, BI=16, PRECISION=precision,
+    )  # fmt: skip
+    fn = kernels._memory_scan
+    return "memory_scan", fn, arguments(fn, none, constants), constants["BE"] // 16, 1
+
+
+def newton_schulz_calls(precision: str):
+    for dtype, p in (("fp32", precision), ("bf16", "half")):
         args = dict(X=f"*{dtype}", C=f"*{dtype}", Y=f"*{dtype}", M="i32", K="i32", beta="fp32", alpha="fp32")
-        yield (
-            f"symmetric {dtype}",
-            kernels._symmetric_product,
-            args | dict(HAS_C=True, B=64, BK=32, PRECISION=p),
-            4,
-            3,
-        )
+        args |= dict(HAS_C=True, B=64, BK=32, PRECISION=p)
+        yield f"symmetric {dtype}", kernels._symmetric_product, args, 4, 3
+
+
+def arguments(fn, none: set, constants: dict) -> dict:
+    """Of a kernel: constants, None, int32 for numbers, and pointers to float32, or int64 for `at`."""
+    numbers = (
+        "c blocks memories readers row_blocks O I E H t0 length heads adaptive u_row x_row d_row k_row v_row q_row"
+    )
+    args = {k: "i32" if k in numbers.split() else "*i64" if k == "at" else "*fp32" for k in fn.arg_names}
+    constant = {fn.arg_names[n] for n in fn.constexprs}
+    return {k: constants[k] if k in constant else None if k in none else v for k, v in args.items()}
 
 
 def build(fn, args: dict, warps: int, stages: int, target: str) -> dict:
     """Compile one kernel for one target: registers a thread, bytes spilled a thread, shared memory, occupancy."""
-    kind = lambda k, v: v if isinstance(v, str) and k != "PRECISION" else "constexpr"
+    kind = lambda k, v: v if isinstance(v, str) and not k.isupper() or v in ("*fp32", "*bf16", "i32") else "constexpr"
     signature = {k: kind(k, v) for k, v in args.items()}
     constants = {k: v for k, v in args.items() if signature[k] == "constexpr"}
-    aligned = {(n,): [["tt.divisibility", 16]] for n, k in enumerate(args) if signature[k].startswith("*")}
+    even = lambda k: (
+        signature[k].startswith("*") or signature[k] == "i32" and (k in "OIEH" or k.endswith("_row"))
+    )  # as they are at every size
+    aligned = {(n,): [["tt.divisibility", 16]] for n, k in enumerate(args) if even(k)}
     source = ASTSource(fn, signature, constants, aligned)
     made = triton.compile(source, target=TARGETS[target], options=dict(num_warps=warps, num_stages=stages))
     if target.startswith("sm"):
@@ -115,49 +127,87 @@ def build(fn, args: dict, warps: int, stages: int, target: str) -> dict:
     )
 
 
-def cost(name: str, c: int, o: int, i: int, n: int, passes: int = 3) -> tuple[float, float]:
-    """Bytes that must move and FLOPs of a kernel's products for n memories with momentum, reads and the delta rule."""
-    block, state, half = 16, o * i, min(32, o)
-    blocks = -(-c // block)
-    tokens = c * (3 * o + 2 * i)  # x, q of width i; d, p and what is read of width o
-    if name == "chunk_forward":
-        numbers, flops = 4 * state + tokens, 6 * state + 2 * block * (i * o / half + 2 * o)
-    elif name == "chunk_states":
-        numbers, flops = 2 * state * (1 + blocks) + c * (i + 2 * o), 2 * state
-    elif name == "chunk_backward":
-        numbers, flops = 2 * state * (2 + blocks) + tokens + 2 * c * o, 6 * state + 2 * block * (i * o / 16 + 2 * o)
-    elif name == "chunk_backward_tokens":
-        numbers, flops = 4 * state * blocks + tokens + 2 * c * i * o / 16, 6 * state + 6 * block * (i * o / 16 + o)
+def cost(kernel: str, m: hope.MemoryConfig, o: int, i: int, read: bool, tokens: int = 0) -> tuple[float, float]:
+    """Bytes that must move and FLOPs of products for one memory (o, i) and a chunk, or one head and so many `tokens`."""
+    c, state, d = m.chunk, o * i * (2 if m.momentum else 1), m.rule == "dgd"
+    blocks, rows = -(-c // BLOCK), -(-o // (32 if kernel == "chunk_forward" and o > 16 else 16))
+    pairs = BLOCK * (i * rows + 2 * o)  # of tokens in a block: scores, and what is made of them
+    if kernel == "chunk_forward":
+        numbers, macs = 2 * state + c * (i + o + d * o), state * (1 + d) + d * pairs
+        numbers, macs = numbers + read * c * (i + o), macs + read * (state + pairs)
+    elif kernel == "chunk_states":
+        numbers, macs = state * (1 + blocks) + c * (i + o + d * o), state
+    elif kernel == "chunk_backward":
+        numbers, macs = state * (2 + blocks) + c * (i + 2 * o + d * 2 * o), state * (1 + d) + d * pairs
+        numbers, macs = numbers + read * c * (i + o), macs + read * (state + pairs)
+    elif kernel == "chunk_backward_tokens":
+        work = blocks * rows * (5 * BLOCK + 9) * BLOCK
+        numbers, macs = 2 * state * blocks + work + c * (i + o + d * 2 * o + rows * i), state * (1 + d)
+        numbers, macs = numbers + read * c * (i + o + rows * i), macs + read * state
+        macs += (d + read) * (pairs + 2 * BLOCK * i * rows)
+    elif kernel == "chunk_backward_gates":
+        numbers, macs = blocks * rows * (3 * BLOCK + 9) * BLOCK + 4 * c, (6 if m.momentum else 1) * BLOCK * BLOCK
+    elif kernel == "memory_scan":  # o, i: a layer; all memories of a head, one launch
+        n, layers = 1 + len(m.adaptive), m.depth
+        c, streams = tokens, 4 + (m.adaptive == ()) - len(set(m.adaptive) & set("kvq"))
+        numbers = n * layers * (2 * state + 2 * o * i) + c * (streams + 1) * i
+        per_layer = state * (1 + d) + d * pairs
+        macs = o * i * layers * (len(m.adaptive) + n * (1 + m.self_values)) + n * (layers - 1) * o * i
+        macs += n * layers * per_layer + (m.read != "chunk") * layers * (state + pairs)
     else:
-        raise ValueError(name)
-    return 4.0 * n * numbers, 2.0 * n * c * flops * passes
+        raise ValueError(f"no kernel {kernel}")
+    return 4.0 * numbers, 2.0 * c * macs
 
 
-def occupation(targets: list[str], sizes: list[str], **flags) -> list[dict]:
+def occupation(targets: list[str], sizes: list[str], arch: str, names: tuple[str, ...]) -> list[dict]:
+    """Every kernel that `arch` at these sizes launches, compiled once for all sizes that need the same machine code; of
+    those whose names begin with one of `names`."""
     rows = []
-    for (c, o, i), of in shapes(sizes).items():
-        for target in targets:
-            precision = "tf32x3" if target in ("sm_80", "sm_90", "sm_100") else "ieee"
-            for name, fn, args, warps, stages in calls(c, o, i, precision, **flags):
-                row = dict(kernel=name, memory=f"{o}x{i}", sizes=of, target=target, warps=warps)
-                rows.append(row | build(fn, args, warps, stages, target))
-                print_row(
-                    rows[-1], ("kernel", "memory", "target", "warps", "registers", "spilled", "shared", "occupancy")
-                )
+    for target in targets:
+        precision, found = "tf32x3" if target in ("sm_80", "sm_90", "sm_100") else "ieee", {}
+        for size in sizes:
+            m = hope.HopeConfig.preset(size, arch).memory
+            launches = [(call, f"{o}x{i}") for o, i in shapes(m) for call in calls(m, o, i, precision)]
+            launches += [(scan_call(m, precision), f"{m.d_head}x{m.d_head}")]
+            launches += [(call, "any") for call in newton_schulz_calls(precision)]
+            for (name, fn, args, warps, stages), memory in launches:
+                of = found.setdefault(repr((name, args, warps)), ((name, fn, args, warps, stages), set(), set()))
+                of[1].add(size)
+                of[2].add(memory)
+        for (name, fn, args, warps, stages), of, memories in found.values():
+            if not name.startswith(names):
+                continue
+            row = dict(kernel=name, memory=" ".join(sorted(memories)), sizes=sorted(of), target=target, warps=warps)
+            rows.append(row | build(fn, args, warps, stages, target))
+            print_row(rows[-1], ("kernel", "memory", "target", "warps", "registers", "spilled", "shared", "occupancy"))
     return rows
 
 
-def floors(sizes: list[str], batch: int = 8) -> list[dict]:
+def floors(sizes: list[str], batch: int = 8, tokens: int = 2048) -> list[dict]:
+    """Of a Hope layer: one chunk of all its memories by `dgd_chunk`'s kernels, `tokens` by the scan, and a product of
+    Newton-Schulz for one matrix of d_model^2."""
     rows = []
+
+    def add(kernel, size, moved, flops, rate):
+        row = dict(kernel=kernel, size=size, MB=moved / 1e6, GFLOP=flops / 1e9, intensity=flops / moved)
+        row |= {f"{gpu} us": 1e6 * max(moved / r[0], flops / r[rate]) for gpu, r in RATES.items()}
+        rows.append(row)
+        print_row(row, tuple(row))
+
     for size in sizes:
         m = hope.HopeConfig.preset(size).memory
-        n = batch * m.n_head * (1 + len(m.adaptive))
-        for name in ("chunk_forward", "chunk_states", "chunk_backward", "chunk_backward_tokens"):
-            size_bytes, flops = cost(name, m.chunk, m.d_head, m.d_head, n)
-            row = dict(kernel=name, size=size, MB=size_bytes / 1e6, GFLOP=flops / 1e9, intensity=flops / size_bytes)
-            row |= {f"{gpu} us": 1e6 * max(size_bytes / b, flops / f) for gpu, (b, f) in RATES.items()}
-            rows.append(row)
-            print_row(row, tuple(row))
+        for name in ("forward", "states", "backward", "backward_tokens", "backward_gates"):
+            costs = [
+                cost(f"chunk_{name}", m, o, i, r) for o, i in shapes(m) for r in [False] * len(m.adaptive) + [True]
+            ]
+            moved, flops = (batch * m.n_head * sum(z) for z in zip(*costs))
+            add(f"chunk_{name}", size, moved, 3 * flops, 1)  # three TF32 products for one in float32
+        moved, flops = (batch * m.n_head * z for z in cost("memory_scan", m, *shapes(m)[0], True, tokens))
+        add("memory_scan", size, moved, 3 * flops, 1)
+        d, tiles = m.d_model, -(-m.d_model // 64)
+        flops = 2.0 * tiles * (tiles + 1) / 2 * 64 * 64 * d
+        add("symmetric fp32", size, 4 * 3 * d * d, 3 * flops, 1)
+        add("symmetric bf16", size, 2 * 3 * d * d, flops, 2)
     return rows
 
 
@@ -166,32 +216,38 @@ def print_row(row: dict, keys: tuple) -> None:
     print("  ".join(f"{k} {show(row[k])}" for k in keys), flush=True)
 
 
-def timings(sizes: list[str], batch: int = 8) -> list[dict]:
-    """Milliseconds of a chunk of every size, forward and backward, by the kernels and by the reference, on this GPU."""
-    from triton.testing import do_bench
+def timings(layers: dict[str, hope.MemoryConfig], batch=8, tokens=2048, device="cuda", bench=None) -> list[dict]:
+    """Milliseconds by the kernels and by the reference, on this GPU: a chunk of all memories of a layer, forward and
+    backward, and a whole layer over so many tokens without gradients."""
+    if bench is None:
+        from triton.testing import do_bench as bench
 
-    rows = []
-    for (c, o, i), of in shapes(sizes).items():
-        heads = hope.HopeConfig.preset(of[-1]).memory.n_head
-        g = torch.Generator("cuda").manual_seed(0)
-        rand = lambda *shape: torch.randn(batch, heads, 5, *shape, device="cuda", generator=g)
+    rows, choices = [], (os.environ.get("HOPE_KERNELS"), "triton", "reference")
+    for size, m in layers.items():
+        c, (o, i) = m.chunk, shapes(m)[0]
+        g = torch.Generator(device).manual_seed(0)
+        rand = lambda *shape: torch.randn(batch, m.n_head, 1 + len(m.adaptive), *shape, device=device, generator=g)
+        one = lambda *shape: rand(*shape)[:, :, :1].contiguous()  # what the memories of a head share
         args = dict(
-            M=rand(o, i), m=rand(o, i), X=torch.nn.functional.normalize(rand(c, i), dim=-1), D=rand(c, o), Q=rand(c, i)
+            M=rand(o, i), m=rand(o, i), X=torch.nn.functional.normalize(one(c, i), dim=-1), D=rand(c, o), Q=one(c, i)
         )
-        args |= {k: rand(c).sigmoid() for k in ("eta", "alpha", "theta")}
+        args |= {k: one(c).sigmoid() for k in ("eta", "alpha", "theta")}
         args = {k: v.requires_grad_() for k, v in args.items()}
-        for choice in ("triton", "reference"):
+        layer, x = hope.Memory(m).to(device), torch.randn(batch, tokens, m.d_model, device=device, generator=g)
+        for choice in choices[1:]:
             os.environ["HOPE_KERNELS"] = choice
-            run = lambda: kernels.dgd_chunk(**args, ema=True)
-            out = [z for z in run() if z is not None]
+            run = lambda: kernels.dgd_chunk(**args, ema=True, readers=1)
+            out = run()
             grads = [torch.randn_like(z) for z in out]
             back = lambda: torch.autograd.grad(out, list(args.values()), grads, retain_graph=True)
-            row = dict(
-                kernels=choice, memory=f"{o}x{i}", size=of[-1], forward_ms=do_bench(run), backward_ms=do_bench(back)
-            )
+            row = dict(kernels=choice, size=size, memory=f"{o}x{i}", forward_ms=bench(run), backward_ms=bench(back))
+            with torch.no_grad():
+                row["layer_ms"] = bench(lambda: layer(x))
             rows.append(row)
             print_row(row, tuple(row))
     os.environ.pop("HOPE_KERNELS")
+    if choices[0] is not None:
+        os.environ["HOPE_KERNELS"] = choices[0]
     return rows
 
 
@@ -199,6 +255,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--sizes", default=",".join(hope.HopeConfig.SIZES))
+    parser.add_argument("--arch", default="hope", help="of hope.HopeConfig.ARCHS with memories")
+    parser.add_argument("--kernels", default="", help="beginnings of their names, with commas; all if left out")
     parser.add_argument("--out", type=Path, help="directory for kernels.json")
     parser.add_argument("--gpu", action="store_true", help="run and time the kernels too; needs a GPU")
     args = parser.parse_args()
@@ -210,12 +268,16 @@ def main() -> None:
         parser.error("--gpu: torch sees no GPU here; leave it out")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     print("== what kernels take of a processor")
-    results = {"occupation": occupation(targets, sizes)}
-    print("== one chunk of a layer, batch 8: what moves, what is computed, the least time")
+    results = {"occupation": occupation(targets, sizes, args.arch, tuple(args.kernels.split(",")))}
+    print(
+        "== one chunk of a layer by dgd_chunk, 2,048 tokens by the scan, batch 8; a matrix of d_model^2 by Newton-Schulz"
+    )
+    if "sm_75" in targets:
+        print("   (on sm_75 the plain reference runs unless HOPE_KERNELS is triton)")
     results["floors"] = floors(sizes)
     if args.gpu:
         print("== times on this GPU")
-        results["timings"] = timings(sizes)
+        results["timings"] = timings({size: hope.HopeConfig.preset(size).memory for size in sizes})
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "kernels.json").write_text(json.dumps(results, indent=1))
