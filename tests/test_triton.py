@@ -2,8 +2,8 @@
 
 Tests marked `gpu` run on a GPU, or with TRITON_INTERPRET=1 on the CPU; `test_in_the_interpreter` runs them so, in a
 process of its own because Triton decides at import. The interpreter multiplies in float32 whatever the input precision:
-what TF32 loses there is put in by hand. bfloat16 it gets wrong in products and rounding, so that bfloat16 is tested as
-input only. Compilation for GPUs that are not here is tested in another process.
+what TF32 loses there is put in by hand. bfloat16 it gets wrong in products and in rounding: both are mended where a kernel
+needs them, which only Newton-Schulz does. Compilation for GPUs that are not here is tested in another process.
 """
 
 import importlib.util
@@ -142,7 +142,7 @@ def test_chunks_and_widths_up_to_128(c, width):
     with torch.no_grad():
         got = dgd_chunk(**args, ema=True)
         want = dgd_loop(**{k: v.double() for k, v in args.items()}, ema=True)
-    for a, b in zip(got, want):
+    for a, b in ((a, b) for a, b in zip(got, want) if b is not None):
         assert (a.double() - b).abs().max() < 1e-4 * b.abs().max()
 
 
