@@ -1313,7 +1313,7 @@ def distribute(model: Hope, config: TrainConfig, world: World) -> None:
     per_node = world.size // config.nodes
     shape, names = ((config.nodes, per_node), ("node", "gpu")) if config.nodes > 1 else ((world.size,), ("gpu",))
     settings = dict(mesh=init_device_mesh(world.device.type, shape, mesh_dim_names=names), reshard_after_forward=False)
-    low = torch.bfloat16 if precision(config, world) == torch.bfloat16 else None
+    low = torch.bfloat16 if precision(config, world.device) == torch.bfloat16 else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         exact = [getattr(block.memory, name, None) for name in ("start", "gates")]
@@ -1326,14 +1326,14 @@ def distribute(model: Hope, config: TrainConfig, world: World) -> None:
     register_fsdp_forward_method(model, "observe")
 
 
-def precision(config: TrainConfig, world: World) -> torch.dtype:
-    low = config.precision == "bfloat16" or (config.precision == "auto" and world.device.type == "cuda")
+def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    low = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if low else torch.float32
 
 
 def computing_in(config: TrainConfig, world: World) -> torch.autocast:
     """Matrix products in the run's precision."""
-    dtype = precision(config, world)
+    dtype = precision(config, world.device)
     return torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -1405,7 +1405,7 @@ def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimi
     make = {
         # match_rms_adamw gives Muon's step the size of AdamW's, so that one learning rate serves both.
         "muon": lambda: torch.optim.Muon(matrix, lr=config.lr, adjust_lr_fn="match_rms_adamw"),
-        "m3": lambda: hope.M3(matrix, lr=config.lr),
+        "m3": lambda: hope.M3(matrix, lr=config.lr, dtype=precision(config, model.embed.weight.device)),
         "dgd": lambda: hope.DGD(model, matrix, lr=config.lr, delta=0.01),
         "delta-momentum": lambda: hope.DeltaMomentum(matrix, lr=config.lr),
         "deep-momentum": lambda: hope.DeepMomentum(matrix, lr=config.lr),
@@ -1476,12 +1476,17 @@ def at_once(config: TrainConfig, world: World) -> int:
 
 def validate(model: Hope, corpus: Corpus, config: TrainConfig, world: World) -> float:
     """Mean loss in nats per token over held-out windows, each observed from the start state, CMS writes included."""
-    rows = [z[world.share(len(z))].to(world.device) for z in corpus.validation()]
+    x, y = corpus.validation()
+    mine = list(world.share(len(x)))
+    # Under FSDP2 processes must run the model equally often: who has a row less takes one that does not count.
+    idle = [0] * (math.ceil(len(x) / world.size) - len(mine))
+    x, y = x[mine + idle], y[mine + idle]
+    y[len(mine) :] = -100
+    rows = [z.to(world.device) for z in (x, y)]
     with torch.no_grad():
         losses = [
             model.observe(x, y, reduction="none")[0].double().sum().item()
             for x, y in zip(*(z.split(at_once(config, world)) for z in rows))
-            if len(x)
         ]
     total, count = world.sum(sum(losses), (rows[1] != -100).sum().item())
     return total / count
