@@ -1767,7 +1767,7 @@ def train_in(run: Run, world: World, config: TrainConfig, model_config: HopeConf
     if world.rank == 0:
         print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
         print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
-    with averaged(averages), gathered(model):
+    with averaged(averages), gathered(model), computing_in(config, world):
         if world.rank == 0:
             print(sample_text(model, corpus.tokenizer, seed=config.seed, **SAMPLING))
     say(f'\nMore: python train.py --sample {run.path} --prompt "The "')
