@@ -1954,7 +1954,7 @@ def plan(config: TrainConfig, model_config: HopeConfig, assumed: dict[str, float
         saved = 2 * (4 * size + optimizer) / (per_node if name == "fsdp" else 1)  # copied, and copied into files' bytes
         parts = (LIBRARIES, (HEAP - 1) * most, saved, most + LIBRARIES + (HEAP - 1) * most + saved)
         print(
-            "{:<12}libraries {:.3f}, memory that glibc keeps {:.3f}, a checkpoint being written {:.3f}: resident at most "
+            "{:<12}libraries {:.3f}, memory that glibc keeps {:.3f}, a checkpoint being written {:.3f}: resident about "
             "{:.3f}".format(name, *(x / 1e9 for x in parts))
         )
     tokens = assumed["tokens"] or config.steps * step

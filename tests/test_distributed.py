@@ -239,7 +239,7 @@ def planned(capsys, *args: str) -> dict[str, list[float]]:
     table = {
         name: [1e9 * float(x) for x in row.split()] for name, row in re.findall(r"^(ddp|fsdp) +([\d. ]+)$", out, re.M)
     }
-    for name, resident in re.findall(r"^(ddp|fsdp) .* resident at most ([\d.]+)$", out, re.M):
+    for name, resident in re.findall(r"^(ddp|fsdp) .* resident about ([\d.]+)$", out, re.M):
         table[name].append(1e9 * float(resident))
     return table
 
