@@ -1561,11 +1561,21 @@ def memory_numbers(model: Hope, x: Tensor, y: Tensor) -> dict[str, list]:
                     (hope.GATES[name](z).mean().item(), z.numel())
                 )
                 hooks.append(gate.register_forward_hook(note))
+    # Compiled chunks and a layer's single launch do not call the gates.
+    kernels, compiled = os.environ.get("HOPE_KERNELS"), [m for m in model.modules() if getattr(m, "compiled", False)]
+    os.environ["HOPE_KERNELS"] = "reference"
+    for memory in compiled:
+        memory.compiled = False
     try:
         _, state = model.observe(x, y)
     finally:
         for hook in hooks:
             hook.remove()
+        for memory in compiled:
+            memory.compiled = True
+        os.environ.pop("HOPE_KERNELS")
+        if kernels is not None:
+            os.environ["HOPE_KERNELS"] = kernels
     norm = lambda layers: sum(w.float().square().sum((-2, -1)) for w in layers).sqrt().mean().item()
     mean = lambda found: sum(m * n for m, n in found) / sum(n for _, n in found) if found else None
     return {name: [mean(found) for found in layers] for name, layers in sums.items()} | {

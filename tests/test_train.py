@@ -298,13 +298,19 @@ def test_memory_numbers_are_the_means_over_tokens_and_leave_no_hook():
     torch.manual_seed(0)
     config = hope.HopeConfig.preset("tiny", d_model=32, n_head=2, chunk=16, chunk_proj=16, cms=(16, hope.INF))
     model = hope.Hope(config)
+    for block in model.blocks:
+        block.memory.compiled = True  # compiled chunks would not call the gates
     x = torch.randint(256, (2, 48))
     for gate, bias, mean in (("eta", 1.5, math.log1p(math.exp(1.5))), ("alpha", -1.0, 1 / (1 + math.e))):
         with torch.no_grad():
             model.blocks[0].memory.gates[gate].read.zero_()
             model.blocks[0].memory.gates[gate].bias.fill_(bias)
         assert train.memory_numbers(model, x, x)[gate][0] == pytest.approx(mean, rel=1e-5)
-    numbers, (_, state) = train.memory_numbers(model, x, x), model.observe(x, x)
+    numbers = train.memory_numbers(model, x, x)
+    for block in model.blocks:
+        assert block.memory.compiled
+        block.memory.compiled = False
+    _, state = model.observe(x, x)
     main = state.memories[1].main.now
     norms = [sum(w[b, h, -1].square().sum() for w in main).sqrt() for b in range(2) for h in range(2)]
     assert numbers["memory_norm"][1] == pytest.approx(sum(norms).item() / 4, rel=1e-5)
