@@ -571,7 +571,12 @@ class Memory(nn.Module):
         ys, t = [], state.t
         with torch.autocast(x.device.type, enabled=False):
             streams = {name: z if z.dtype == torch.float64 else z.float() for name, z in streams.items()}
-            fused = scans(next(iter(streams.values())), c.d_head)
+            some = next(iter(streams.values()))
+            one, fused = some.new_ones(some.shape[:3]), scans(some, c.d_head)
+            if c.step == "one":
+                streams["eta"] = one
+            if c.decay != "gate":
+                streams["alpha"] = one * self.fixed_alpha.to(one) if c.decay == "fixed" else one
             spans = cut_streams(streams, lambda s: x.shape[1] if fused else c.remat * c.chunk or x.shape[1])
             for n, span in spans:
                 # The last span's graph is needed first, and is no larger than the one recomputed after it.
@@ -601,12 +606,7 @@ class Memory(nn.Module):
 
     def _fused(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
         """`_span` without gradients, in one launch of `kernels.memory_scan`."""
-        c, some = self.config, next(iter(streams.values()))
-        one = torch.ones(some.shape[:3], device=some.device)
-        if c.step == "one":
-            streams = {**streams, "eta": one}
-        if c.decay != "gate":
-            streams = {**streams, "alpha": one * self.fixed_alpha if c.decay == "fixed" else one}
+        c = self.config
         parts = [part for name in groups for part in self.groups[name]]
         scales = [self.start[f"{part}_scale"] for part in parts] if c.self_values and c.value_norm else []
         join = lambda layers: [torch.cat(layer, 2) for layer in zip(*layers)]  # copies
@@ -633,9 +633,7 @@ class Memory(nn.Module):
                 if name in self.gates:
                     read = GATES[name](self.gates[name](read))
                 z[name] = F.normalize(read, dim=-1) if c.qk_norm and name in "kq" else read
-        one = torch.ones_like(z["k"][..., 0])
-        alpha = self.fixed_alpha.to(one).expand_as(one) if c.decay == "fixed" else z.get("alpha", one)
-        k, v, y, eta, alpha = (w.unsqueeze(2) for w in (z["k"], z["v"], z["q"], z.get("eta", one), alpha))
+        k, v, y, eta, alpha = (z[name].unsqueeze(2) for name in ("k", "v", "q", "eta", "alpha"))
         theta = z["theta"].unsqueeze(2) if c.momentum else None
         through = None if uses_triton(k) else chunk_gates(alpha, theta, ema=True)  # kernels make their own
         new = {}
