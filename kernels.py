@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -163,10 +163,17 @@ def _last(z: Tensor | None, readers: int | None) -> Tensor | None:
     return z if z is None or readers is None or z.shape[-3] == 1 else z[..., -readers:, :, :]
 
 
-def _aliases(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The same tensors under names of their own: some may have been made of others (at_X of X), and a derivative by one
-    of them must not go through another."""
-    return [None if z is None else z.view_as(z) for z in tensors]
+def _by_autograd(fn: Callable, inputs: tuple, grads: tuple) -> list[Tensor | None]:
+    """Gradients of fn(*inputs) by its inputs, to be differentiated again; None where there is none.
+
+    Inputs get names of their own: some may have been made of others (at_X of X), and a derivative by one of them must not
+    go through another.
+    """
+    inputs = [None if z is None else z.view_as(z) for z in inputs]
+    outs, grads = zip(*((z, g) for z, g in zip(fn(*inputs), grads) if z is not None and g is not None))
+    wanted = [z for z in inputs if z is not None and z.requires_grad]
+    got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(got) if z is not None and z.requires_grad else None for z in inputs]
 
 
 def _chunk(end, end_m, at_X, at_Q, X, D, eta, Q, decay, gain, keep, inclusive, readers, lead):
@@ -229,13 +236,8 @@ class _Chunk(torch.autograd.Function):
         inclusive, readers, lead = ctx.flags
         d_added = [g.sum_to_size(z) if z and g is not None else None for z, g in zip(ctx.added, (dM, dm, dR))]
         if torch.is_grad_enabled():  # a second derivative is wanted: leave it to autograd
-            at_X, *inputs = _aliases(at_X, *inputs)
-            outs = _chunk(None, None, at_X, None, *inputs, *ctx.flags)[:3]
-            pairs = [(o, g) for o, g in zip(outs, (dM, dm, dR)) if o is not None and g is not None]
-            wanted = [z for z in (at_X, *inputs) if z is not None and z.requires_grad]
-            outs, grads = zip(*pairs)
-            got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
-            d_at_X, *rest = (next(got) if z is not None and z.requires_grad else None for z in (at_X, *inputs))
+            again = lambda at_X, *inputs: _chunk(None, None, at_X, None, *inputs, *ctx.flags)[:3]
+            d_at_X, *rest = _by_autograd(again, (at_X, *inputs), (dM, dm, dR))
             return *d_added[:2], d_at_X, d_added[2], *rest, None, None, None
         X, D, eta, Q, decay, gain, keep = inputs
         c, momentum = X.shape[-2], gain is not None
@@ -1146,12 +1148,7 @@ class _TritonChunk(torch.autograd.Function):
         *inputs, P = ctx.saved_tensors
         M, m, X, D, Q, eta, alpha, theta = inputs
         if torch.is_grad_enabled():  # a second derivative is wanted: the reference's backward pass has one
-            inputs = _aliases(*inputs)
-            outs = _reference(*inputs, **ctx.flags)
-            outs, grads = zip(*((z, g) for z, g in zip(outs, (dM, dm, dR)) if z is not None and g is not None))
-            wanted = [z for z in inputs if z is not None and z.requires_grad]
-            got = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
-            return *(None,) * 4, *(next(got) if z is not None and z.requires_grad else None for z in inputs)
+            return *(None,) * 4, *_by_autograd(partial(_reference, **ctx.flags), inputs, (dM, dm, dR))
         (at, lead, reads, flags), (o, i), c = ctx.call, M.shape[-2:], X.shape[-2]
         flags = {**flags, **_blocks(o, i, 16)}
         BC, grid = flags["BC"], (len(at), -(-o // flags["BO"]))
