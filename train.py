@@ -65,8 +65,8 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import hope
+import optim
 from hope import Hope, HopeConfig, MemoryConfig, check_choices, check_positive, setting
-
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process needs none
 # A state's tensors may be views, which nothing writes in place.
@@ -1399,48 +1399,27 @@ def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimi
             f"--optimizer dgd needs the inputs of a step, and a CMS chunk of {slow[0]['chunk']} tokens spans "
             f"{slow[0]['period']} steps of --seq-len {config.seq_len}; give --seq-len {slow[-1]['chunk']}, or another optimizer"
         )
-    first = [hope.Accumulate(slow)] if slow else []
+    first = [optim.Accumulate(slow)] if slow else []
     if name == "adamw":
         return [*first, torch.optim.AdamW(matrix + rest, **adamw)]
     make = {
         # match_rms_adamw gives Muon's step the size of AdamW's, so that one learning rate serves both.
         "muon": lambda: torch.optim.Muon(matrix, lr=config.lr, adjust_lr_fn="match_rms_adamw"),
-        "m3": lambda: hope.M3(matrix, lr=config.lr, dtype=precision(config, model.embed.weight.device)),
-        "dgd": lambda: hope.DGD(model, matrix, lr=config.lr, delta=0.01),
-        "delta-momentum": lambda: hope.DeltaMomentum(matrix, lr=config.lr),
-        "deep-momentum": lambda: hope.DeepMomentum(matrix, lr=config.lr),
+        "m3": lambda: optim.M3(matrix, lr=config.lr, dtype=precision(config, model.embed.weight.device)),
+        "dgd": lambda: optim.DGD(model, matrix, lr=config.lr, delta=0.01),
+        "delta-momentum": lambda: optim.DeltaMomentum(matrix, lr=config.lr),
+        "deep-momentum": lambda: optim.DeepMomentum(matrix, lr=config.lr),
     }
     return [*first, make[name](), torch.optim.AdamW(rest, **adamw)]
 
 
-class EMA(torch.optim.Optimizer):
-    """Exponential moving average of weights, in an optimizer's clothes: what saves optimizers saves it too.
-
-    Takes its step after the others. Early on it averages over fewer steps than `decay` says, else it would remember
-    the random start for long.
-    """
-
-    def __init__(self, params: Iterable[Tensor], decay: float):
-        super().__init__(params, {"decay": decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["step"], state["average"] = torch.zeros(()), p.detach().clone()
-                t = state["step"].add_(1).item()
-                state["average"].lerp_(p.detach(), 1 - min(group["decay"], t / (10 + t)))
-
-
-def make_average(model: Hope, config: TrainConfig) -> list[EMA]:
+def make_average(model: Hope, config: TrainConfig) -> list[optim.EMA]:
     """The average of the weights that a run keeps: a list of one, or of none."""
-    return [EMA(model.parameters(), config.ema)] if config.ema else []
+    return [optim.EMA(model.parameters(), config.ema)] if config.ema else []
 
 
 @contextmanager
-def averaged(averages: list[EMA]) -> Iterator[None]:
+def averaged(averages: list[optim.EMA]) -> Iterator[None]:
     """Inside, the average, if there is one, is the model's weights, and they wait in its place."""
 
     @torch.no_grad()
@@ -1892,7 +1871,7 @@ def buffers(config: TrainConfig) -> tuple[float, float]:
     """Bytes that the optimizers keep for a byte of the matrices and of the other weights, seen on a small model."""
     model = Hope(HopeConfig.preset(arch=config.arch, d_model=32, n_head=2, n_layer=1, cms_hidden=2.0))
     optimizers = make_optimizers(model, config) + make_average(model, config)
-    optimizers = [o for o in optimizers if not isinstance(o, hope.Accumulate)]
+    optimizers = [o for o in optimizers if not isinstance(o, optim.Accumulate)]
     model.observe(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), backward=True)
     for optimizer in optimizers:
         optimizer.step()

@@ -19,19 +19,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hope
+import optim
 import train
 from kernels import newton_schulz
 
 OPTIMIZERS = {
-    "dgd": lambda model, params, **kw: hope.DGD(model, params, **{"lr": 0.1, **kw}),
-    "delta": lambda model, params, **kw: hope.DeltaMomentum(params, **{"lr": 0.1, "delta": 5.0, **kw}),
-    "identity": lambda model, params, **kw: hope.PreconditionedMomentum(params, preconditioner="identity", **kw),
-    "diagonal": lambda model, params, **kw: hope.PreconditionedMomentum(params, **kw),
-    "kronecker": lambda model, params, **kw: hope.PreconditionedMomentum(params, preconditioner="kronecker", every=2, eps=1e-3, **kw),
-    "deep": lambda model, params, **kw: hope.DeepMomentum(params, **kw),
-    "deep-tanh": lambda model, params, **kw: hope.DeepMomentum(params, output="tanh", **{"lr": 0.01, **kw}),
-    "m3": lambda model, params, **kw: hope.M3(params, every=2, dtype=torch.float32, **kw),
-    "m3-literal": lambda model, params, **kw: hope.M3(params, every=2, dtype=torch.float32, literal=True, eps=1.0, **kw),
+    "dgd": lambda model, params, **kw: optim.DGD(model, params, **{"lr": 0.1, **kw}),
+    "delta": lambda model, params, **kw: optim.DeltaMomentum(params, **{"lr": 0.1, "delta": 5.0, **kw}),
+    "identity": lambda model, params, **kw: optim.PreconditionedMomentum(params, preconditioner="identity", **kw),
+    "diagonal": lambda model, params, **kw: optim.PreconditionedMomentum(params, **kw),
+    "kronecker": lambda model, params, **kw: optim.PreconditionedMomentum(params, preconditioner="kronecker", every=2, eps=1e-3, **kw),
+    "deep": lambda model, params, **kw: optim.DeepMomentum(params, **kw),
+    "deep-tanh": lambda model, params, **kw: optim.DeepMomentum(params, output="tanh", **{"lr": 0.01, **kw}),
+    "m3": lambda model, params, **kw: optim.M3(params, every=2, dtype=torch.float32, **kw),
+    "m3-literal": lambda model, params, **kw: optim.M3(params, every=2, dtype=torch.float32, literal=True, eps=1.0, **kw),
 }  # fmt: skip
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -142,7 +143,7 @@ def argmin(objective, start):
 def test_dgd_takes_the_exact_step_of_equation_56(n, normalize, delta):
     lr, layer = 0.7, nn.Linear(6, 5).double()
     x, y = 2 * torch.randn(n, 6, dtype=torch.float64), torch.randn(n, 5, dtype=torch.float64)
-    optimizer = hope.DGD(layer, lr=lr, delta=delta, normalize=normalize)
+    optimizer = optim.DGD(layer, lr=lr, delta=delta, normalize=normalize)
     W, b = layer.weight.detach().clone(), layer.bias.detach().clone()
     out = layer(x)
     out.retain_grad()
@@ -189,7 +190,7 @@ def test_dgd_counts_exactly_the_inputs_whose_gradient_arrives():
     for kind in ("plain", "checkpointed", "accumulated", "disturbed"):
         torch.manual_seed(0)
         model = TwoUses(kind == "checkpointed")
-        optimizer = hope.DGD(model, lr=0.3)
+        optimizer = optim.DGD(model, lr=0.3)
         if kind == "disturbed":
             with torch.no_grad():
                 model(x)
@@ -223,7 +224,7 @@ def test_dgd_trains_hope_as_it_observes_however_its_backward_pass_is_cut():
         torch.manual_seed(0)
         config = hope.HopeConfig.preset("tiny", vocab_size=11, n_layer=2, d_model=8, n_head=2, cms_hidden=1.0, chunk=4, chunk_proj=4, cms=(6, 12, hope.INF), remat=remat)  # fmt: skip
         model = hope.Hope(config).double()
-        optimizer = hope.DGD(model, lr=0.1)
+        optimizer = optim.DGD(model, lr=0.1)
         tokens = torch.randint(0, 11, (2, 25), generator=torch.Generator().manual_seed(0))
         for _ in range(2):
             optimizer.zero_grad()
@@ -240,7 +241,7 @@ def test_dgd_trains_hope_as_it_observes_however_its_backward_pass_is_cut():
 
 def test_dgd_leaves_nothing_behind():
     model, x = make_model(), batch(0)[0]
-    optimizer = hope.DGD(model)
+    optimizer = optim.DGD(model)
     for _ in range(50):
         model(x).square().mean().backward()
     assert all(seen.numel() <= 36 for _, seen in optimizer._inputs.values())
@@ -257,7 +258,7 @@ def test_dgd_leaves_nothing_behind():
     del optimizer
     gc.collect()
     assert alive() is None
-    forgotten = weakref.ref(hope.DGD(model))  # its hooks still there
+    forgotten = weakref.ref(optim.DGD(model))  # its hooks still there
     gc.collect()
     assert forgotten() is None
     model(x).mean().backward()
@@ -280,7 +281,7 @@ def test_delta_momentum_is_gradient_descent_on_its_regression(shape):
     lr, alpha, delta = 0.1, 0.9, 0.05
     W = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     start, m = W.detach().clone(), torch.zeros(shape, dtype=torch.float64).reshape(shape[0], -1)
-    optimizer = hope.DeltaMomentum([W], lr=lr, momentum=alpha, delta=delta, bounded=False)
+    optimizer = optim.DeltaMomentum([W], lr=lr, momentum=alpha, delta=delta, bounded=False)
     total = 0
     for [g] in random_steps(optimizer, [W]):
         g = g.reshape(shape[0], -1)
@@ -296,7 +297,7 @@ def test_delta_momentum_is_gradient_descent_on_its_regression(shape):
 def test_bounded_delta_momentum_takes_gradients_of_any_scale(scale):
     """Its coefficient is the exact minimiser's, so that nothing grows; for small gradients it is delta itself."""
     W = nn.Parameter(torch.randn(4, 6))
-    optimizer = hope.DeltaMomentum([W], lr=1e-3 / scale, momentum=0.9, delta=10.0)
+    optimizer = optim.DeltaMomentum([W], lr=1e-3 / scale, momentum=0.9, delta=10.0)
     m = torch.zeros(4, 6, dtype=torch.float64)
     g = torch.randn(4, 6, dtype=torch.float64)
     for _ in range(100):
@@ -322,12 +323,12 @@ def test_momentum_preconditioned_by_the_identity_is_torchs_and_by_the_diagonal_a
 def test_kronecker_preconditioning_whitens():
     """Of a single gradient it makes the orthogonal factor; of many, what an explicit loop makes with roots by SVD."""
     W = nn.Parameter(torch.zeros(5, 5, dtype=torch.float64))
-    optimizer = hope.PreconditionedMomentum([W], lr=1.0, momentum=0.0, preconditioner="kronecker", eps=0.0)
+    optimizer = optim.PreconditionedMomentum([W], lr=1.0, momentum=0.0, preconditioner="kronecker", eps=0.0)
     [[g]] = random_steps(optimizer, [W], 1)
     U, _, V = torch.linalg.svd(g)
     torch.testing.assert_close(W.detach(), -U @ V)
     W = nn.Parameter(torch.zeros(4, 6, dtype=torch.float64))
-    optimizer = hope.PreconditionedMomentum([W], lr=0.1, preconditioner="kronecker", beta=0.8, eps=0.01, every=1)
+    optimizer = optim.PreconditionedMomentum([W], lr=0.1, preconditioner="kronecker", beta=0.8, eps=0.01, every=1)
     total, m, L, R = 0, 0, 0, 0
     for t, [g] in enumerate(random_steps(optimizer, [W]), 1):
         L, R = 0.8 * L + 0.2 * g @ g.mT, 0.8 * R + 0.2 * g.mT @ g
@@ -344,7 +345,7 @@ def test_kronecker_preconditioning_whitens():
 @pytest.mark.parametrize("output", ["linear", "tanh", "orthogonal"])
 def test_deep_momentum_trains_one_memory_for_all_matrices_of_a_shape(shape, output):
     params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in range(3)]
-    optimizer = hope.DeepMomentum(params, lr=0.1, momentum=0.9, inner_lr=3.0, hidden=2.0, output=output)
+    optimizer = optim.DeepMomentum(params, lr=0.1, momentum=0.9, inner_lr=3.0, hidden=2.0, output=output)
     memory = nn.Sequential(nn.Linear(4, 8, bias=False), nn.SiLU(), nn.Linear(8, 4, bias=False)).double()
     nn.init.zeros_(memory[2].weight)
     total = [0, 0, 0]
@@ -370,7 +371,7 @@ def test_deep_momentum_trains_one_memory_for_all_matrices_of_a_shape(shape, outp
 def test_deep_momentum_recalls_the_directions_that_past_gradients_took():
     """Where all gradients lie in few directions, one in these comes through and one in others hardly."""
     W = nn.Parameter(torch.zeros(32, 64))
-    optimizer = hope.DeepMomentum([W], lr=1.0)
+    optimizer = optim.DeepMomentum([W], lr=1.0)
     U = torch.linalg.qr(torch.randn(32, 32))[0]
     through = {}
     for step in range(301):
@@ -388,7 +389,7 @@ def test_deep_momentum_recalls_the_directions_that_past_gradients_took():
 def test_m3_is_algorithm_1(literal, every):
     W = nn.Parameter(torch.randn(4, 6, dtype=torch.float64))
     expected, (b1, b2, b3), alpha, lr, eps = W.detach().clone(), (0.9, 0.8, 0.7), 0.5, 0.01, 1e-3
-    optimizer = hope.M3([W], lr=lr, betas=(b1, b2, b3), alpha=alpha, every=every, eps=eps, literal=literal)
+    optimizer = optim.M3([W], lr=lr, betas=(b1, b2, b3), alpha=alpha, every=every, eps=eps, literal=literal)
     M1 = M2 = V = O2 = torch.zeros(4, 6, dtype=torch.float64)
     past = []
     for t, [g] in enumerate(random_steps(optimizer, [W]), 1):
@@ -407,7 +408,7 @@ def test_m3_is_algorithm_1(literal, every):
 def test_the_two_momentums_of_m3_agree_on_a_constant_gradient():
     """Row by row of eq. 75 with its minus sign they would point in opposite directions (cosine -1)."""
     W = nn.Parameter(torch.zeros(4, 6, dtype=torch.float64))
-    optimizer, g = hope.M3([W], every=2, literal=True), torch.randn(4, 6, dtype=torch.float64)
+    optimizer, g = optim.M3([W], every=2, literal=True), torch.randn(4, 6, dtype=torch.float64)
     for _ in range(5):
         W.grad = g.clone()
         optimizer.step()
@@ -418,9 +419,9 @@ def test_the_two_momentums_of_m3_agree_on_a_constant_gradient():
 
 def test_m3_orthogonalises_the_slow_memory_only_when_it_moves(monkeypatch):
     calls = []
-    monkeypatch.setattr(hope, "newton_schulz", lambda G, *a: calls.append(len(G)) or newton_schulz(G, *a))
+    monkeypatch.setattr(optim, "newton_schulz", lambda G, *a: calls.append(len(G)) or newton_schulz(G, *a))
     model = make_model()
-    steps(model, hope.M3([p for p in matrices(model) if p.shape == (5, 5)], every=4), 0, 10)
+    steps(model, optim.M3([p for p in matrices(model) if p.shape == (5, 5)], every=4), 0, 10)
     assert calls == [2] * 4 + [2, 2] + [2] * 3 + [2, 2] + [2]
 
 
@@ -594,21 +595,21 @@ def test_settings_out_of_range_are_refused(name, value):
 def test_other_settings_are_refused_by_name():
     params = matrices(make_model())
     for make, message in (
-        (lambda: hope.DeltaMomentum(params, momentum=1.5), "momentum is 1.5; allowed: from 0 to 1"),
+        (lambda: optim.DeltaMomentum(params, momentum=1.5), "momentum is 1.5; allowed: from 0 to 1"),
         (
-            lambda: hope.PreconditionedMomentum(params, preconditioner="full"),
+            lambda: optim.PreconditionedMomentum(params, preconditioner="full"),
             "preconditioner is full; allowed: identity, diagonal",
         ),
-        (lambda: hope.PreconditionedMomentum([nn.Parameter(torch.zeros(3))], preconditioner="kronecker"), "of 2 dimen"),
-        (lambda: hope.DeepMomentum(params, output="sign"), "output is sign; allowed: linear, tanh, orthogonal"),
-        (lambda: hope.M3(params, betas=(0.9, 0.9)), "allowed: three"),
-        (lambda: hope.M3(params, betas=(0.9, 1.0, 0.9)), "below 1 unless literal"),
-        (lambda: hope.M3(params, every=0), "every is 0; allowed: 1 or more"),
-        (lambda: hope.M3([nn.Parameter(torch.zeros(3))]), "the rest to AdamW"),
+        (lambda: optim.PreconditionedMomentum([nn.Parameter(torch.zeros(3))], preconditioner="kronecker"), "of 2 dimen"),
+        (lambda: optim.DeepMomentum(params, output="sign"), "output is sign; allowed: linear, tanh, orthogonal"),
+        (lambda: optim.M3(params, betas=(0.9, 0.9)), "allowed: three"),
+        (lambda: optim.M3(params, betas=(0.9, 1.0, 0.9)), "below 1 unless literal"),
+        (lambda: optim.M3(params, every=0), "every is 0; allowed: 1 or more"),
+        (lambda: optim.M3([nn.Parameter(torch.zeros(3))]), "the rest to AdamW"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    optimizer = hope.M3(params[:1])
+    optimizer = optim.M3(params[:1])
     with pytest.raises(ValueError):
         optimizer.add_param_group({"params": params[1:], "every": 0})
     assert len(optimizer.param_groups) == 1  # nothing of it was taken
@@ -653,7 +654,7 @@ def test_a_block_whose_chunk_is_longer_than_a_sequence_moves_once_per_chunk_by_t
     model = hope.Hope(config).double()
     assert [g["period"] for g in hope.slow_groups(model, 8)] == [3, 6]  # 20 and 41 tokens of sequences of 8, rounded up
     assert hope.slow_groups(model, 41) == []
-    optimizers = [hope.Accumulate(hope.slow_groups(model, 8)), torch.optim.SGD(model.parameters(), lr=0.1)]
+    optimizers = [optim.Accumulate(hope.slow_groups(model, 8)), torch.optim.SGD(model.parameters(), lr=0.1)]
     period = {p: g["period"] for g in hope.slow_groups(model, 8) for p in g["params"]}
     sums = {p: torch.zeros_like(p) for p in model.parameters()}
     for step in range(1, 8):
@@ -671,13 +672,13 @@ def test_a_block_whose_chunk_is_longer_than_a_sequence_moves_once_per_chunk_by_t
             if moves:
                 total.zero_()
     with pytest.raises(ValueError, match="period is 0; allowed: 1 or more"):
-        hope.Accumulate([{"params": [torch.nn.Parameter(torch.zeros(2))], "period": 0}])
+        optim.Accumulate([{"params": [torch.nn.Parameter(torch.zeros(2))], "period": 0}])
 
 
 def test_levels_list_slow_blocks_after_what_moves_at_every_step():
     model = hope.Hope(hope.HopeConfig.preset("tiny", d_model=8, n_head=2, cms_hidden=1.0, cms=(4, 20, hope.INF)))
     slow = hope.slow_groups(model, 8)
-    table = hope.levels(model, [hope.Accumulate(slow), torch.optim.AdamW(model.parameters())])
+    table = hope.levels(model, [optim.Accumulate(slow), torch.optim.AdamW(model.parameters())])
     *_, parameters, last = table
     assert (last.component, last.every, last.rule) == ("CMS, C = 20: start state", "3 outer steps", "AdamW")
     assert last.level == parameters.level + 1 and parameters.every == "outer step"

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import hope
+import optim
 import train
 
 SMALL = "--d-model 16 --n-head 2 --n-layer 1 --chunk 16 --chunk-proj 16 --cms 16,32,inf --seq-len 64 --data text.txt".split()
@@ -227,7 +228,7 @@ def test_one_batch_is_learnt_by_heart(capsys):
 
 def test_the_average_of_weights_follows_its_definition_and_swaps_places_with_them():
     p, average = torch.nn.Parameter(torch.zeros(3)), 0.0
-    ema = train.EMA([p], decay=0.5)
+    ema = optim.EMA([p], decay=0.5)
     for t in range(1, 30):
         with torch.no_grad():
             p.copy_(torch.full((3,), math.sin(t)))

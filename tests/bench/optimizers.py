@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import hope
+import optim
 import train
 
 
@@ -41,8 +42,8 @@ def step_time(turns: int = 6) -> None:
     kinds = {
         "AdamW": optimizer(torch.optim.AdamW),
         "Muon": optimizer(torch.optim.Muon),
-        "M3": optimizer(hope.M3),
-        "M3 literal": optimizer(lambda p: hope.M3(p, literal=True)),
+        "M3": optimizer(optim.M3),
+        "M3 literal": optimizer(lambda p: optim.M3(p, literal=True)),
     }
     spent = {name: [] for name in kinds}
     for _ in range(turns):
@@ -132,7 +133,7 @@ def landscapes() -> None:
             best[rule] = when.item()
             if rule == "bounded":  # the others bounce about so wildly at their best that rounding decides
                 values = dict(zip(("lr", "momentum", "delta"), (z[at].item() for z in settings)))
-                ours = steps_of(lambda z: hope.DeltaMomentum([z], bounded=bool(scale), **values), landscape)
+                ours = steps_of(lambda z: optim.DeltaMomentum([z], bounded=bool(scale), **values), landscape)
                 assert ours == best[rule], (name, rule, ours, best[rule])
             sign = (best[rule] > best["momentum"]) - (best[rule] < best["momentum"])
             results[rule].append({-1: "wins", 0: "ties", 1: "loses"}[sign])
@@ -179,8 +180,8 @@ def tasks(seeds: int) -> None:
     rates = [10**e for e in (-2.5, -2, -1.75, -1.5, -1.25, -1, -0.5)]
     kinds = {
         "momentum": [lambda W, lr=lr: torch.optim.SGD([W], lr=lr, momentum=0.9) for lr in rates],
-        "delta momentum": [lambda W, lr=lr, d=d: hope.DeltaMomentum([W], lr=lr, delta=d) for lr in rates for d in (0.01, 0.1, 1.0)],
-        "M3": [lambda W, lr=lr, a=a: hope.M3([W], lr=10 * lr, alpha=a, dtype=torch.float32, betas=(0.9, 0.95, 0.9)) for lr in rates for a in (0.0, 0.5)],
+        "delta momentum": [lambda W, lr=lr, d=d: optim.DeltaMomentum([W], lr=lr, delta=d) for lr in rates for d in (0.01, 0.1, 1.0)],
+        "M3": [lambda W, lr=lr, a=a: optim.M3([W], lr=10 * lr, alpha=a, dtype=torch.float32, betas=(0.9, 0.95, 0.9)) for lr in rates for a in (0.0, 0.5)],
     }  # fmt: skip
     print(f"losses in parts of those at the start, {seeds} seeds")
     for title, overlap, first in (

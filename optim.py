@@ -1,0 +1,587 @@
+"""The paper's optimizers: memories of the gradient (Nested Learning, arXiv 2512.24695, secs. 4 and 5).
+
+`DGD` (eqs. 57-60), `DeltaMomentum` (eqs. 48, 49), `PreconditionedMomentum` (eqs. 46, 47), `DeepMomentum` (eqs. 50-52)
+and `M3` (eq. 75, Algorithm 1) are optimizers as torch has them: parameter groups, closures, state_dict; they run under
+FSDP2 too. `Accumulate` and `EMA` are bookkeeping in the same form, so that what saves optimizers saves them as well.
+Knows nothing of the models it trains.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import newton_schulz
+
+INF = float("inf")
+
+# Settings of the optimizers below: least and greatest value, or the choices.
+ALLOWED = {
+    "lr": (0, INF), "weight_decay": (0, INF), "momentum": (0, 1), "delta": (0, INF), "betas": (0, INF), "beta": (0, 1),
+    "eps": (0, INF), "alpha": (0, INF), "every": (1, INF), "ns_steps": (1, INF), "inner_lr": (0, INF), "hidden": (0, INF),
+    "preconditioner": ("identity", "diagonal", "kronecker"), "output": ("linear", "tanh", "orthogonal"),
+}  # fmt: skip
+
+
+def wide(t: Tensor) -> Tensor:
+    """t in float32 at least."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process holds of each: its shard of a DTensor (FSDP2), sharing memory, or the tensor itself."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+def stack_full(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape, gathered from their shards: (k, *shape), in float32 at least."""
+    return torch.stack([wide(t.full_tensor() if hasattr(t, "full_tensor") else t) for t in tensors])
+
+
+def shards(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `stack_full`: of each of `stacked` (k, *shape) what this process holds of `like`."""
+    if not hasattr(like[0], "full_tensor"):
+        return list(stacked.unbind(0))
+    from torch.distributed.tensor import DTensor, Replicate
+
+    whole = lambda t, p: DTensor.from_local(t, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
+    return [whole(t, p).redistribute(placements=p.placements).to_local() for t, p in zip(stacked, like)]
+
+
+def norms(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Frobenius norms of the whole tensors of which `parts` are the shards held here."""
+    squares = [t.square().sum() for t in parts]
+    if hasattr(like[0], "full_tensor"):
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        kinds = lambda p: [Partial() if placement.is_shard() else Replicate() for placement in p.placements]
+        squares = [DTensor.from_local(s, p.device_mesh, kinds(p), run_check=False) for s, p in zip(squares, like)]
+        squares = [s.full_tensor() for s in squares]
+    return [s.sqrt() for s in squares]
+
+
+def unit(z: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """z / |z| and |z|, the norm over `dims`, for z of any scale: no square overflows, and 0 stays 0."""
+    tiny = torch.finfo(z.dtype).tiny
+    largest = z.abs().amax(dims, keepdim=True).clamp(min=tiny)
+    z = z / largest
+    size = torch.linalg.vector_norm(z, dim=dims, keepdim=True)
+    return z / size.clamp(min=tiny), size * largest
+
+
+class BatchedOptimizer(torch.optim.Optimizer):
+    """What the optimizers below share. A subclass says in `_update` what a batch of equal shapes is moved by.
+
+    As with torch's own: closures, parameter groups, decoupled weight decay (W shrinks by lr * weight_decay), sparse
+    gradients are refused, and gradients that are not finite reach the parameters. Parameters of one shape are updated
+    together. The state is float32 for bfloat16 parameters, and is loaded as such. Under FSDP2 it is sharded like the
+    parameters, and what needs whole matrices gathers them on every rank.
+    """
+
+    def __init__(self, params: Any, **defaults: Any):
+        super().__init__(params, defaults)
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        super().add_param_group(group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        kind, dims = type(self).__name__, self._dims(group)
+        for name in ALLOWED.keys() & group.keys():
+            allowed, given = ALLOWED[name], group[name]
+            if isinstance(allowed[0], str):
+                fits, text = given in allowed, ", ".join(allowed)
+            else:
+                low, high = allowed
+                fits = all(low <= value <= high for value in (given if isinstance(given, tuple) else [given]))
+                text = f"from {low} to {high}" if high < INF else f"{low} or more"
+            if not fits:
+                raise ValueError(f"{kind}: {name} is {given}; allowed: {text}")
+        for p in group["params"]:
+            if p.ndim not in dims or not p.is_floating_point():
+                raise ValueError(
+                    f"{kind} takes real parameters of {' or '.join(map(str, dims))} dimensions, not {p.dtype} of "
+                    f"shape {tuple(p.shape)}; give it hope.param_groups(model)['matrix'] and the rest to AdamW"
+                )
+
+    def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
+        """Numbers of dimensions that parameters may have."""
+        return (2,)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step; returns what `closure`, called first with gradients enabled, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            batches: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+                self.state[p].setdefault("step", torch.zeros(()))
+                self.state[p]["step"] += 1
+                batches.setdefault((p.shape, p.dtype, p.device, *self._kind(p)), []).append(p)
+            for params in batches.values():
+                if group["weight_decay"]:
+                    torch._foreach_mul_(local(params), 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(local(params), self._update(group, params))
+        return loss
+
+    def _kind(self, p: Tensor) -> tuple:
+        """What besides shape, type and device parameters must share to be updated together."""
+        return (self.state[p]["step"].item(),)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """What to add to each of `params`, for each the shard held here."""
+        raise NotImplementedError
+
+    def _buffers(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """State of this name and the shape of the parameters, zeros at first."""
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(wide(p.detach()), memory_format=torch.contiguous_format)
+        return [self.state[p][name] for p in params]
+
+    def _grads(self, params: list[Tensor]) -> list[Tensor]:
+        """Shards of the gradients, in float32 at least."""
+        return [wide(g) for g in local([p.grad for p in params])]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch rounds all state to the type of its parameter; take what was stored.
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"])):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(self.state[p][name].device)
+
+
+class Tap(torch.autograd.Function):
+    """The identity on a weight that hands the input it is used with to `note` when, and only when, its gradient comes.
+
+    So passes count as often as they reach the weight's gradient: not in evaluation, not when a checkpoint recomputes
+    them, and not when a gradient is taken to something else, as the inner gradients of a CMS are.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, x: Tensor, note: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.note = note
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.note(ctx.saved_tensors[0])
+        return grad, None, None
+
+
+class DGD(BatchedOptimizer):
+    r"""Delta gradient descent: for every `nn.Linear` the exact step of eq. 56, for other parameters plain SGD.
+
+    With x_n the inputs of a layer in a batch, u_n = -grad_{y_n} L_n and L the mean of the L_n,
+
+        W' = argmin_W  mean_n 1/2 |W x_n - u_n|^2 + 1/(2 lr) |W - W_t|^2  =  (W_t - lr grad L) (I + lr C)^-1
+
+    with C the mean of x_n x_n^T; for one input that is W_t (I - lr' x x^T) - lr' grad_y L x^T with
+    lr' = lr / (1 + lr |x|^2) (eq. 57). It descends and, along the directions that inputs take, forgets.
+
+    Args:
+        model: hooks on its linear layers collect the inputs, of all backward passes since the last `step` or
+            `zero_grad`, and of all ranks. `remove_hooks` takes them off.
+        params: parameters or groups to train; all of the model's if left out.
+        lr: step size. The loss must be a mean over what the layers see as rows.
+        delta: weight of |W x|^2 / 2 in the objective: C is multiplied by it. 1 is eq. 56, 0 plain SGD.
+        normalize: divide a layer's inputs by their root mean square norm lambda, the paper's |x| = lambda.
+        weight_decay: decoupled, as in AdamW.
+
+    Weights that are used without a call of their layer are moved by SGD.
+    """
+
+    def __init__(
+        self, model: nn.Module, params: Any = None, lr: float = 0.1, delta: float = 1.0, normalize: bool = False,
+        weight_decay: float = 0.0,
+    ):  # fmt: skip
+        params = list(model.parameters() if params is None else params)
+        super().__init__(params, lr=lr, delta=delta, normalize=normalize, weight_decay=weight_decay)
+        self._inputs: dict[Tensor, tuple[int, Tensor]] = {}
+        self._linear: set[Tensor] = set()
+        self._hooks, this = [], weakref.ref(self)  # weak: the model does not keep its optimizer alive
+        mine = {p for group in self.param_groups for p in group["params"]}
+
+        def before(p: Tensor, module: nn.Module, args: tuple) -> None:
+            if torch.is_grad_enabled() and module.weight.requires_grad and this() is not None:
+                # An attribute hides the parameter of the same name, until the forward pass is over.
+                module.__dict__["weight"] = Tap.apply(module.weight, args[0].detach(), partial(note, p))
+
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            module.__dict__.pop("weight", None)
+
+        def note(p: Tensor, x: Tensor) -> None:
+            if (optimizer := this()) is not None:
+                optimizer._note(p, x)
+
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.weight in mine:
+                self._linear.add(module.weight)
+                self._hooks.append(module.register_forward_pre_hook(partial(before, module.weight)))
+                self._hooks.append(module.register_forward_hook(after, always_call=True))
+
+    def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
+        return tuple(range(6))
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model. From then on every parameter is moved by SGD."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._inputs.clear()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = super().step(closure)
+        self._inputs.clear()
+        return loss
+
+    def _note(self, p: Tensor, x: Tensor) -> None:
+        """Add inputs x (..., i) of the layer with weight p: as rows (n, i) while these are few, then as (i, i) sums."""
+        x = wide(x.reshape(-1, x.shape[-1]))
+        n, seen = self._inputs.get(p, (0, x[:0]))
+        total = n + len(x)
+        if n < x.shape[-1] <= total:
+            seen = seen.mT @ seen
+        self._inputs[p] = total, torch.cat([seen, x]) if total < x.shape[-1] else seen + x.mT @ x
+
+    def _kind(self, p: Tensor) -> tuple:
+        if p in self._linear and torch.distributed.is_available() and torch.distributed.is_initialized():
+            n, seen = self._inputs.get(p, (0, wide(torch.zeros(1, p.shape[1], device=p.device, dtype=p.dtype))))
+            seen = (seen.mT @ seen if n < p.shape[1] else seen).contiguous()
+            n = torch.tensor(n, device=p.device)
+            torch.distributed.all_reduce(seen)
+            torch.distributed.all_reduce(n)
+            self._inputs[p] = n.item(), seen
+        n, seen = self._inputs.get(p, (0, ()))
+        return (n, len(seen))
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        lr = group["lr"]
+        n, seen = self._inputs.get(params[0], (0, None))
+        if n == 0:
+            return torch._foreach_mul(self._grads(params), -lr)
+        W, G = stack_full(params), stack_full([p.grad for p in params])
+        seen = torch.stack([self._inputs[p][1] for p in params]).to(W.dtype)
+        rows = seen.shape[-2] < W.shape[-1]  # rows of inputs, not their sums
+        if group["normalize"]:
+            square = seen.square().sum((-2, -1)) if rows else seen.diagonal(dim1=-2, dim2=-1).sum(-1)
+            scale = (square / n).clamp(min=torch.finfo(W.dtype).tiny).rsqrt()[:, None, None]
+            G, seen = G * scale, seen * (scale if rows else scale.square())
+        Z, c = W - lr * G, lr * group["delta"] / n
+        # (I + c X^T X)^-1 by a system of the smaller side: n rows X, or their i x i sums.
+        A = c * (seen @ seen.mT if rows else seen)
+        A.diagonal(dim1=-2, dim2=-1).add_(1)
+        L = torch.linalg.cholesky_ex(A).L
+        new = Z - c * torch.cholesky_solve(seen @ Z.mT, L).mT @ seen if rows else torch.cholesky_solve(Z.mT, L).mT
+        return shards(new - W, params)
+
+
+class DeltaMomentum(BatchedOptimizer):
+    r"""Momentum as an l2 regression of its value on the gradient (eqs. 48 and 49, corrected):
+
+        m' = m (momentum I - c g^T g) - lr g        W' = W + m'        c = delta / (1 + delta |g|^2)
+
+    Beside decaying, m unlearns what it holds along the gradient that comes in. The paper's step on g^T g is the one
+    on g; `delta` is a coefficient of its own, and c the exact minimiser of eq. 56 for the input g, which keeps
+    c |g|^2 below 1 for gradients of any scale. `bounded=False` takes c = delta, as in eq. 49. A vector is a column.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 0.01, momentum: float = 0.9, delta: float = 1.0, bounded: bool = True,
+        weight_decay: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(params, lr=lr, momentum=momentum, delta=delta, bounded=bounded, weight_decay=weight_decay)
+
+    def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
+        return (1, 2)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        buffers, c = self._buffers(params, "momentum"), group["delta"]
+        m, G = (z.reshape(*z.shape[:2], -1) for z in (stack_full(buffers), stack_full([p.grad for p in params])))
+        K = G
+        if group["bounded"]:
+            K, size = unit(G, (-2, -1))
+            c = c / (size.pow(-2) + c) if c else 0.0  # |g|^2 times the bounded coefficient
+        along = m @ (K.mT @ K) if m.shape[-1] < m.shape[-2] else (m @ K.mT) @ K
+        m = group["momentum"] * m - c * along - group["lr"] * G
+        new = shards(m.reshape(len(params), *params[0].shape), params)
+        torch._foreach_copy_(local(buffers), new)
+        return new
+
+
+class PreconditionedMomentum(BatchedOptimizer):
+    r"""Momentum whose values are preconditioned gradients (eqs. 46 and 47, with the forget gate the text speaks of):
+
+        m' = momentum m - lr P(g)        W' = W + m'
+
+    Args:
+        preconditioner: "identity", P(g) = g, heavy-ball momentum; "diagonal", P(g) = g / (sqrt(v) + eps), v the mean
+            square of every entry (Adam's); "kronecker", matrices only, P(g) = L^-1/4 g R^-1/4, L and R the means of
+            g g^T and g^T g plus eps times their mean eigenvalue (Shampoo's), its roots taken anew every `every` steps.
+        beta: decay of these means, which are corrected for their start at 0.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 0.01, momentum: float = 0.9,
+        preconditioner: Literal["identity", "diagonal", "kronecker"] = "diagonal", beta: float = 0.99, eps: float = 1e-8,
+        every: int = 10, weight_decay: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(
+            params, lr=lr, momentum=momentum, preconditioner=preconditioner, beta=beta, eps=eps, every=every,
+            weight_decay=weight_decay,
+        )  # fmt: skip
+
+    def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
+        return (2,) if group["preconditioner"] == "kronecker" else (1, 2)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        grads, m = self._grads(params), local(self._buffers(params, "momentum"))
+        t, beta, kind = self.state[params[0]]["step"].item(), group["beta"], group["preconditioner"]
+        if kind == "diagonal":
+            v = local(self._buffers(params, "square"))
+            torch._foreach_mul_(v, beta)
+            torch._foreach_addcmul_(v, grads, grads, value=1 - beta)
+            below = torch._foreach_sqrt(torch._foreach_div(v, 1 - beta**t))
+            grads = torch._foreach_div(grads, torch._foreach_add(below, group["eps"]))
+        elif kind == "kronecker":
+            G = stack_full([p.grad for p in params])
+            left = self._root(group, params, "left", G @ G.mT, t)
+            right = self._root(group, params, "right", G.mT @ G, t)
+            grads = shards(left @ G @ right, params)
+        torch._foreach_mul_(m, group["momentum"])
+        torch._foreach_add_(m, grads, alpha=-group["lr"])
+        return m
+
+    def _root(self, group: dict[str, Any], params: list[Tensor], side: str, square: Tensor, t: float) -> Tensor:
+        """Add `square` (k, n, n) to the means of this side; returns the -1/4 power of the means, (k, n, n)."""
+        for p, s in zip(params, square):
+            mean = self.state[p].setdefault(side, torch.zeros_like(s))
+            mean.lerp_(s, 1 - group["beta"])
+        if (t - 1) % group["every"] == 0:
+            mean = torch.stack([self.state[p][side] for p in params]) / (1 - group["beta"] ** t)
+            if not mean.isfinite().all():  # eigh would raise; like any other step, this one passes it on
+                roots = torch.full_like(mean, math.nan)
+            else:
+                level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
+                values, vectors = torch.linalg.eigh(mean)
+                floor = torch.finfo(mean.dtype).tiny
+                values = (values.clamp(min=0) + group["eps"] * level).clamp(min=floor)
+                roots = vectors * values.pow(-0.25)[:, None] @ vectors.mT
+            for p, root in zip(params, roots):
+                self.state[p][f"{side}_root"] = root.clone()
+        return torch.stack([self.state[p][f"{side}_root"] for p in params])
+
+
+class DeepMomentum(BatchedOptimizer):
+    r"""Deep momentum gradient descent (eq. 50): the momentum is an MLP, trained by an inner loss at every step.
+
+        phi' = momentum phi - inner_lr grad_phi 1/2 |m(u; phi) + u|^2        W' = W + lr |g| sigma(m(u; phi'))
+
+    The MLP m(u) = W2 silu(W1 u) is shared by all matrices of a shape. Its inputs u are their gradients' rows (columns
+    where these are shorter), each divided by its length |g|, by which the output is multiplied again. With the value 1
+    that the paper prints, the output of a linear memory is always parallel to 1; the value here is -u, so that m
+    recalls the descent direction in what past gradients had in common, and hardly in what is new. The step of each
+    layer is eq. 57's, inner_lr / (1 + inner_lr |x|^2) with |x|^2 the layer's mean square input. W1 starts random, W2
+    at 0, so the first steps are small.
+
+    Args:
+        hidden: hidden width of the MLP, as a multiple of the row length.
+        output: sigma (eq. 52): "linear"; "tanh", of the output in units of its root mean square; "orthogonal",
+            `newton_schulz` of the matrix of outputs, in steps like AdamW's (0.2 sqrt(max(m, n)) times it).
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 0.1, momentum: float = 0.999, inner_lr: float = 10.0, hidden: float = 1.0,
+        output: Literal["linear", "tanh", "orthogonal"] = "linear", ns_steps: int = 5, weight_decay: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(
+            params, lr=lr, momentum=momentum, inner_lr=inner_lr, hidden=hidden, output=output, ns_steps=ns_steps,
+            weight_decay=weight_decay,
+        )  # fmt: skip
+
+    def _kind(self, p: Tensor) -> tuple:
+        return ()  # one memory for all of a shape
+
+    def _memory(self, group: dict[str, Any], like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state of the first parameter of this shape, which holds the MLP."""
+        same = lambda p: (p.shape, p.dtype, p.device) == (like.shape, like.dtype, like.device)
+        state = self.state[next(p for p in group["params"] if same(p))]
+        if "w_in" not in state:
+            d = min(like.shape)
+            h = max(1, round(group["hidden"] * d))
+            w_in = torch.randn(h, d, generator=torch.Generator().manual_seed(0))  # the same on every rank
+            state["w_in"] = w_in.to(like.device, dtype)
+            state["w_out"] = torch.zeros(d, h, device=like.device, dtype=dtype)
+        return state
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        G = stack_full([p.grad for p in params])
+        wide = G.shape[-1] > G.shape[-2]
+        G = G.mT if wide else G
+        u, size = unit(G, (-1,))
+        u = u.flatten(0, 1)
+        state = self._memory(group, params[0], G.dtype)
+        w_in, w_out = state["w_in"], state["w_out"]
+        with torch.enable_grad():
+            layers = [w_in.clone().requires_grad_(), w_out.clone().requires_grad_()]
+            hidden = F.silu(u @ layers[0].mT)
+            loss = 0.5 * (hidden @ layers[1].mT + u).square().sum(-1).mean()
+            found = torch.autograd.grad(loss, layers)
+        for w, grad, x in zip((w_in, w_out), found, (u, hidden.detach())):
+            step = group["inner_lr"] / (1 + group["inner_lr"] * x.square().sum(-1).mean())
+            w.mul_(group["momentum"]).sub_(step * grad)
+        out = (F.silu(u @ w_in.mT) @ w_out.mT).view_as(G) * size
+        if group["output"] == "tanh":
+            out = torch.tanh(unit(out, (-2, -1))[0] * out[0].numel() ** 0.5)
+        elif group["output"] == "orthogonal":
+            out = 0.2 * max(params[0].shape) ** 0.5 * newton_schulz(out, group["ns_steps"])
+        return shards(group["lr"] * (out.mT if wide else out), params)
+
+
+class M3(BatchedOptimizer):
+    r"""Multi-scale momentum Muon (Algorithm 1): a fast and a slow momentum, orthogonalised, over a second moment.
+
+        M2' = b3 M2 + (1 - b3) mean of the last `every` gradients, once in `every` steps
+        M1' = b1 M1 + (1 - b1) g        V' = b2 V + (1 - b2) g^2        U = (NS(M1') + alpha NS(M2')) / sqrt(V' + eps)
+        W' = W - lr 0.2 U / rms(U)
+
+    The scaling to a root mean square of 0.2 gives the step the size of AdamW's, so one learning rate serves both, and
+    makes it independent of the gradient's scale. V is corrected for its start at 0.
+
+    Args:
+        betas: b1, b2, b3, decays; with `literal` the weights of Algorithm 1 instead.
+        alpha: weight of the slow momentum.
+        every: steps between two moves of the slow momentum. Every gradient enters it once: the sums of eq. 75 overlap
+            by a term, and its minus sign would set the two momentums against each other.
+        literal: Algorithm 1 as printed, where no buffer ever decays: M1' = M1 + b1 g, V' = V + b2 g^2, M2' = M2 + b3 sum
+            of the last `every` gradients, W' = W - lr U.
+        dtype: what Newton-Schulz computes in, bfloat16 as in torch's Muon; float64 for float64 parameters.
+
+    Five numbers of state per parameter: M1, M2, V, the sum of the open period's gradients, and NS(M2).
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 0.01, betas: tuple[float, float, float] = (0.95, 0.95, 0.9), alpha: float = 0.5,
+        every: int = 10, eps: float = 1e-10, ns_steps: int = 5, literal: bool = False,
+        dtype: torch.dtype = torch.bfloat16, weight_decay: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(
+            params, lr=lr, betas=betas, alpha=alpha, every=every, eps=eps, ns_steps=ns_steps, literal=literal,
+            dtype=dtype, weight_decay=weight_decay,
+        )  # fmt: skip
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        if len(group["betas"]) != 3 or (not group["literal"] and max(group["betas"]) >= 1):
+            raise ValueError(f"M3: betas are {group['betas']}; allowed: three, each below 1 unless literal is True")
+
+    def _orthogonal(self, group: dict[str, Any], buffers: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+        G = stack_full(buffers)
+        dtype = torch.float64 if G.dtype == torch.float64 else group["dtype"]
+        return shards(newton_schulz(G, group["ns_steps"], dtype), params)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        (b1, b2, b3), every, literal = group["betas"], group["every"], group["literal"]
+        M1, M2, V, total, O2 = (self._buffers(params, n) for n in ("fast", "slow", "square", "sum", "slow_ns"))
+        grads, t = self._grads(params), self.state[params[0]]["step"].item()
+        if t > 1 and (t - 1) % every == 0:
+            if not literal:
+                torch._foreach_mul_(local(M2), b3)
+            torch._foreach_add_(local(M2), local(total), alpha=b3 if literal else (1 - b3) / every)
+            torch._foreach_zero_(local(total))
+            torch._foreach_copy_(local(O2), self._orthogonal(group, M2, params))
+        torch._foreach_add_(local(total), grads)
+        if literal:
+            torch._foreach_add_(local(M1), grads, alpha=b1)
+        else:
+            torch._foreach_lerp_(local(M1), grads, 1 - b1)
+            torch._foreach_mul_(local(V), b2)
+        torch._foreach_addcmul_(local(V), grads, grads, value=b2 if literal else 1 - b2)
+        U = self._orthogonal(group, M1, params)
+        torch._foreach_add_(U, local(O2), alpha=group["alpha"])
+        below = torch._foreach_div(local(V), 1.0 if literal else 1 - b2**t)
+        torch._foreach_add_(below, group["eps"])
+        torch._foreach_sqrt_(below)
+        torch._foreach_div_(U, below)
+        scale = [1.0] * len(params)
+        if not literal:  # to a root mean square of 0.2
+            scale = [0.2 * p.numel() ** 0.5 / n.clamp(min=1e-30) for p, n in zip(params, norms(U, params))]
+        for u, s in zip(U, scale):
+            u.mul_(-group["lr"] * s)
+        return U
+
+
+class Accumulate(torch.optim.Optimizer):
+    """Gradients of parameters that move once in `period` steps (`slow_groups`), in an optimizer's clothes.
+
+    Its step comes before that of the optimizers that move them: it takes their gradients away, so that they are passed
+    over, and adds them up; at the end of every period the sum takes the gradient's place. ValueError for a period below 1.
+    """
+
+    def __init__(self, params: Any, period: int = 1):
+        super().__init__(params, {"period": period})
+        for group in self.param_groups:
+            if group["period"] < 1:
+                raise ValueError(f"Accumulate: period is {group['period']}; allowed: 1 or more steps")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"], state["sum"] = torch.zeros(()), torch.zeros_like(p)
+                state["step"] += 1
+                state["sum"] += p.grad
+                if state["step"].item() % group["period"]:
+                    p.grad = None
+                else:
+                    p.grad.copy_(state["sum"])
+                    state["sum"].zero_()
+
+
+class EMA(torch.optim.Optimizer):
+    """Exponential moving average of weights, in an optimizer's clothes: what saves optimizers saves it too.
+
+    Takes its step after the others. Early on it averages over fewer steps than `decay` says, else it would remember
+    the random start for long.
+    """
+
+    def __init__(self, params: Iterable[Tensor], decay: float):
+        super().__init__(params, {"decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["step"], state["average"] = torch.zeros(()), p.detach().clone()
+                t = state["step"].add_(1).item()
+                state["average"].lerp_(p.detach(), 1 - min(group["decay"], t / (10 + t)))
