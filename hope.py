@@ -87,9 +87,7 @@ class MemoryConfig:
 
     d_model: int = setting(128, "model width")
     n_head: int = setting(4, "heads; every head has memories of its own, d_model / n_head wide")
-    depth: Literal[0, 1, 2] = setting(
-        2, "0: softmax attention, no parameters; 1: linear memory M x; 2: MLP memory x + W1 silu(W2 x) (eq. 89)"
-    )
+    depth: Literal[0, 1, 2] = setting(2, "0: softmax attention; 1: linear memory M x; 2: MLP x + W1 silu(W2 x), eq. 89")
     objective: Literal["dot", "l2"] = setting("l2", "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2")
     rule: Literal["gd", "dgd"] = setting("dgd", "inner optimizer: gradient descent or delta gradient descent (eq. 88)")
     step: Literal["exact", "mean", "one"] = setting(
@@ -97,8 +95,7 @@ class MemoryConfig:
     )
     momentum: bool = setting(True, "momentum on the inner gradient, with a learnt gate theta")
     decay: Literal["gate", "fixed", "none"] = setting(
-        "gate",
-        "retention alpha: a learnt gate, a fixed number for every head (RetNet's), or none: nothing is forgotten",
+        "gate", "retention alpha: a learnt gate, a fixed number for every head (RetNet's), or none: all is kept"
     )
     adaptive: tuple[str, ...] = setting(
         ("k", "v", "eta", "alpha"), "which of k, v, q, eta, alpha are read from memories that are written too"
@@ -107,8 +104,7 @@ class MemoryConfig:
     chunk: int = setting(64, "tokens between two refreshes of the main memory's gradients")
     chunk_proj: int = setting(64, "the same for the memories that produce k, v, q, eta, alpha")
     read: Literal["token", "after", "chunk"] = setting(
-        "token",
-        "token: y_t from the state before token t (eq. 86); after: from the one after it; chunk: the chunk's start",
+        "token", "y_t is read from the state before token t (eq. 86), after it, or at the chunk's start"
     )
     conv: int = setting(4, "width of the causal depthwise convolution in front; 0 for none")
     qk_norm: bool = setting(True, "l2-normalise keys and queries")
@@ -117,15 +113,11 @@ class MemoryConfig:
     expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width")
     rotary: bool = setting(False, "rotary positions on keys and queries")
     project: bool = setting(
-        True, "static projections into and out of the heads; off is the paper's literal form, one head"
+        True, "static projections into and out of the heads; off: the paper's literal form, one head"
     )
-    remat: int = setting(
-        16, "chunks between two states that are kept for the backward pass, which recomputes those between; 0 keeps all"
-    )
+    remat: int = setting(16, "chunks between states kept for the backward pass, which recomputes the rest; 0 keeps all")
     window: int = setting(0, "softmax attention only: how many tokens back it sees; 0 for all")
-    n_kv_head: int = setting(
-        0, "softmax attention only: heads of keys and values, shared by the n_head of queries; 0 for n_head"
-    )
+    n_kv_head: int = setting(0, "softmax attention only: heads of keys and values, for groups of queries; 0 for n_head")
     bias: bool = setting(False, "softmax attention only: biases in its projections")
     y_norm: bool = setting(True, "normalise what a head reads before the projection out of the heads")
     rope_theta: float = setting(10000.0, "rotary positions: base of the frequencies")
@@ -153,47 +145,30 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "d_model", "n_head", "chunk", "chunk_proj", "expand")
-        deep, attention, unknown = (
-            self.depth == 2,
-            self.depth == 0,
-            set(self.adaptive) - {"k", "v", "q", "eta", "alpha"},
-        )
+        unknown = set(self.adaptive) - {"k", "v", "q", "eta", "alpha"}
         require(self.d_model % self.n_head == 0, f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
         require(not unknown, f"adaptive names {sorted(unknown)}; allowed: k, v, q, eta, alpha")
-        require(
-            self.conv >= 0 and self.window >= 0,
-            f"conv is {self.conv}, window is {self.window}; neither can be negative",
-        )
-        require(
-            self.project or self.n_head == 1,
-            f"project=False is the one-head form, but n_head is {self.n_head}; set n_head=1",
-        )
-        for name, absent in (("eta", self.step == "one"), ("alpha", self.decay != "gate")):
-            require(
-                not absent or name not in self.adaptive,
-                f"adaptive names {name}, which this memory does not have; leave it out of adaptive",
-            )
-        require(
-            self.n_kv_head >= 0 and self.n_head % (self.n_kv_head or 1) == 0,
-            f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself",
-        )
-        require(self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be above 0")
-        require(
-            attention or not (self.n_kv_head or self.bias),
-            f"n_kv_head and bias are for softmax attention, but depth is {self.depth}; set depth=0",
-        )
-        require(
-            deep or not (self.memory_norm or self.expand > 1),
-            f"memory_norm and expand are for MLP memories, but depth is {self.depth}; set depth=2",
-        )
-        require(
-            not (self.rotary or attention) or self.d_head % 2 == 0,
-            f"rotary positions need an even head width, not {self.d_head}; change n_head or d_model",
-        )
-        require(
-            not (self.rotary and {"k", "q"} & set(self.adaptive)),
-            "rotary positions are for static keys and queries; take k and q out of adaptive",
-        )
+        for holds, message in (
+            (self.conv >= 0 <= self.window, f"conv is {self.conv}, window is {self.window}; neither can be negative"),
+            (self.project or self.n_head == 1,
+             f"project=False is the one-head form, but n_head is {self.n_head}; set n_head=1"),
+            ("eta" not in self.adaptive or self.step != "one",
+             "adaptive names eta, which this memory does not have; leave it out of adaptive"),
+            ("alpha" not in self.adaptive or self.decay == "gate",
+             "adaptive names alpha, which this memory does not have; leave it out of adaptive"),
+            (self.n_kv_head >= 0 and self.n_head % (self.n_kv_head or 1) == 0,
+             f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself"),
+            (self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be above 0"),
+            (self.depth == 0 or not (self.n_kv_head or self.bias),
+             f"n_kv_head and bias are for softmax attention, but depth is {self.depth}; set depth=0"),
+            (self.depth == 2 or not (self.memory_norm or self.expand > 1),
+             f"memory_norm and expand are for MLP memories, but depth is {self.depth}; set depth=2"),
+            (not (self.rotary or self.depth == 0) or self.d_head % 2 == 0,
+             f"rotary positions need an even head width, not {self.d_head}; change n_head or d_model"),
+            (not (self.rotary and {"k", "q"} & set(self.adaptive)),
+             "rotary positions are for static keys and queries; take k and q out of adaptive"),
+        ):  # fmt: skip
+            require(holds, message)
 
     @property
     def d_head(self) -> int:
@@ -208,27 +183,23 @@ class HopeConfig:
     n_layer: int = setting(2, "blocks")
     memory: MemoryConfig = MemoryConfig()
     pattern: tuple[str, ...] = setting(
-        ("memory",),
-        "sequence layers of successive blocks, repeated: memory, or attention over the last `window` tokens",
+        ("memory",), "layers of successive blocks, repeated: memory, or attention over the last `window` tokens"
     )
     cms: tuple[float, ...] = setting(
         (64, 256, INF),
-        "chunk size of each MLP of the continuum memory system; inf moves with the outer optimizer only, at every step; a "
-        "chunk longer than a training sequence moves its start state once per chunk, by the sum of its gradients",
+        "chunk size of each MLP of the CMS; inf moves with the outer optimizer only, at every step; one longer than a "
+        "training sequence moves its start state once per chunk, by the sum of its gradients",
     )
     cms_hidden: float = setting(
-        2.0,
-        "hidden width of each of these MLPs, as a multiple of d_model; presets fit it to the size's parameter budget",
+        2.0, "hidden width of each of these MLPs, times d_model; presets fit it to the size's parameter budget"
     )
     cms_rate: tuple[float, ...] = setting(
-        (1.0,),
-        "inner step size per mean gradient of a chunk, one for all in-context levels or one each; 0 for no writes",
+        (1.0,), "inner step size per mean gradient of a chunk, one or one for each in-context level; 0: no writes"
     )
     learn_rates: bool = setting(True, "whether these step sizes are learnt, up to twice the given ones")
     wiring: Literal["sequential", "nested", "independent"] = setting(
         "sequential",
-        "how levels are joined: in a chain (eq. 73), in a chain with start states learnt one level up (eq. 72), "
-        "or side by side (eq. 74)",
+        "levels in a chain (eq. 73), with start states learnt one level up (eq. 72), or side by side (eq. 74)",
     )
     mlp: Literal["silu", "swiglu", "gelu"] = setting("silu", "kind of MLP; gelu is its tanh form")
     mlp_bias: bool = setting(False, "biases in the MLPs; they are not written in context")
@@ -298,27 +269,22 @@ class HopeConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "vocab_size", "n_layer")
-        require(
-            self.norm_eps >= 0 and self.n_position >= 0,
-            f"norm_eps is {self.norm_eps}, n_position is {self.n_position}; neither can be negative",
-        )
         require(self.cms, "cms is empty; give at least one chunk size, inf for a plain MLP")
         for c in self.cms:
             whole = c == INF or (c >= 1 and c == int(c))
             require(whole, f"cms has {c}; chunk sizes are whole numbers from 1, or inf")
-        finite = sum(c != INF for c in self.cms)
-        require(
-            min(self.cms_rate, default=-1) >= 0 and len(self.cms_rate) in (1, finite),
-            f"cms_rate is {self.cms_rate}; give one step size from 0, or one for each of {finite} in-context levels",
-        )
-        require(
-            self.wiring != "nested" or list(self.cms) == sorted(self.cms),
-            f"cms is {self.cms}; nested levels go from fast to slow, so sort the chunk sizes",
-        )
-        require(
-            self.pattern and set(self.pattern) <= {"memory", "attention"},
-            f"pattern is {self.pattern}; it lists one or more of: memory, attention",
-        )
+        n = sum(c != INF for c in self.cms)
+        for holds, message in (
+            (self.norm_eps >= 0 <= self.n_position,
+             f"norm_eps is {self.norm_eps}, n_position is {self.n_position}; neither can be negative"),
+            (min(self.cms_rate, default=-1) >= 0 and len(self.cms_rate) in (1, n),
+             f"cms_rate is {self.cms_rate}; give one step size from 0, or one for each of {n} in-context levels"),
+            (self.wiring != "nested" or list(self.cms) == sorted(self.cms),
+             f"cms is {self.cms}; nested levels go from fast to slow, so sort the chunk sizes"),
+            (self.pattern and set(self.pattern) <= {"memory", "attention"},
+             f"pattern is {self.pattern}; it lists one or more of: memory, attention"),
+        ):  # fmt: skip
+            require(holds, message)
 
     @property
     def rates(self) -> list[float]:
@@ -712,7 +678,7 @@ class Memory(SequenceLayer):
         return self._out(y), MemoryState(state.t + x.shape[1], tail, groups.get("proj"), groups["main"])
 
     def _streams(self, x: Tensor, t: int) -> dict[str, Tensor]:
-        """What does not depend on a memory, for all tokens at once: u, k, v, q (b, h, t, e); eta, alpha, theta (b, h, t)."""
+        """What no memory has a part in, all tokens at once: u, k, v, q (b, h, t, e); eta, alpha, theta (b, h, t)."""
         c, streams = self.config, {}
         if self.adaptive:
             streams["u"] = self._heads(x, self.to_u)
@@ -737,7 +703,7 @@ class Memory(SequenceLayer):
         return streams
 
     def _scan(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
-        """Tokens from time t on: in one launch, or in spans of chunks whose inner states the backward pass recomputes."""
+        """Tokens from time t on: in one launch, or in spans whose inner states the backward pass recomputes."""
         c, some = self.config, next(iter(streams.values()))
         if scans(some, c.d_head):
             return self._launch(streams, groups, t)
@@ -836,7 +802,7 @@ class Memory(SequenceLayer):
         return found
 
     def _values(self, name: str, group: Weights, v: Tensor) -> Tensor:
-        """What a group's memories are written with: v (b, h, 1, c, e), or of each memory its own value (b, h, n, c, e)."""
+        """What a group's memories are written with: v (b, h, 1, c, e), or each with its own value (b, h, n, c, e)."""
         if not self.config.self_values:
             return v
         own, scale = apply_memory(group.anchor, v, self.config.memory_norm), self._value_scale(name)  # eq. 84
@@ -954,7 +920,7 @@ class CMS(nn.Module):
     """Continuum memory system: MLPs, block l written every C_l tokens (eqs. 70 to 74).
 
     A block with finite C_l is a fast weight, theta + delta with one delta per sequence. `write` moves it by the sum of
-    the chunk's gradients of the task loss, divided by C_l so that rates compare across levels. C_l = inf is a plain MLP.
+    the chunk's gradients of the task loss, divided by C_l so that rates compare across levels. C_l = inf: an MLP.
     Wired in a chain (sequential), side by side (independent: the changes that the blocks make are added), or nested: a
     chain in which a block falls back to its start state when the next slower block's chunk ends, and that start state
     itself moves by the gradients of the slower chunk.
@@ -1171,16 +1137,10 @@ class Hope(nn.Module):
         return logits, replace(state, memories=memories)
 
     def observe(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        state: HopeState | None = None,
-        backward: bool = False,
-        reduction: Literal["mean", "none"] = "mean",
-        levels: Sequence[int] | None = None,
-        surprise: float = 0.0,
+        self, tokens: Tensor, targets: Tensor | None = None, state: HopeState | None = None, backward: bool = False,
+        reduction: Literal["mean", "none"] = "mean", levels: Sequence[int] | None = None, surprise: float = 0.0,
         truncate: bool = False,
-    ) -> tuple[Tensor, HopeState]:
+    ) -> tuple[Tensor, HopeState]:  # fmt: skip
         """Read a stream and learn from it: memories are written, and so is the CMS, by its own prediction errors.
 
         The stream is cut wherever a level's chunk ends. After each segment, every level adds the gradient of the
@@ -1285,10 +1245,8 @@ class Hope(nn.Module):
             found = [g * teaches[:, None, None] for g in found]
         new = []
         for block, state, gradients in zip(self.blocks, fresh, tree_unflatten(found, layout)):
-            if lesson.levels is not None:
-                gradients = [
-                    g if i in lesson.levels else map_state(torch.zeros_like, g) for i, g in enumerate(gradients)
-                ]
+            for i in [] if lesson.levels is None else set(block.cms.written) - set(lesson.levels):
+                gradients[i] = map_state(torch.zeros_like, gradients[i])
             new.append(block.cms.write(state, gradients, t))
         losses = losses[:, before:]
         if not keep_graph:
@@ -1297,17 +1255,10 @@ class Hope(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        tokens: Tensor | Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        state: HopeState | None = None,
-        stop: Sequence[int] = (),
-        memorize: bool | Sequence[int] = True,
-        surprise: float = 0.0,
-    ) -> Tensor:
+        self, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, state: HopeState | None = None, stop: Sequence[int] = (),
+        memorize: bool | Sequence[int] = True, surprise: float = 0.0,
+    ) -> Tensor:  # fmt: skip
         """Continue prompts by sampled tokens.
 
         The prompt is observed, so the CMS learns from it; what the model says itself is only read.
@@ -1318,7 +1269,7 @@ class Hope(nn.Module):
             top_k, top_p: sample among that many of the likeliest tokens, or the fewest with that much probability.
             state: continue from here; the prompts must then be of one length.
             stop: tokens after which a sequence is finished.
-            memorize: whether the CMS learns from the prompt, or which of its levels do; see `observe`, also for surprise.
+            memorize: whether the CMS learns from the prompt, or which of its levels; see `observe`, also for surprise.
 
         Returns:
             (b, max_new_tokens) new tokens; a finished sequence is filled up with its stop token.
@@ -1577,9 +1528,9 @@ def param_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def slow_groups(model: Hope, seq_len: int) -> list[dict[str, Any]]:
-    """Blocks of the CMS whose chunk C is longer than a training sequence: parameter groups with a `period` in outer steps.
+    """Blocks of the CMS whose chunk C is longer than a training sequence, as parameter groups with a `period` in steps.
 
-    The sequences of a batch are streams side by side, each seq_len tokens longer after every step, so that C tokens take
+    The sequences of a batch are streams side by side, each seq_len tokens longer after every step, so C tokens take
     C / seq_len steps, rounded up. `optim.Accumulate` makes the blocks' start states move once in so many.
     """
     groups = []
