@@ -356,10 +356,6 @@ class AttentionState:
     cut: bool = False  # whether there was a reset
 
 
-def step_along(weights: list[Tensor], gradient: list[Tensor], step: Tensor) -> list[Tensor]:
-    return [w - step * g for w, g in zip(weights, gradient)]
-
-
 @dataclass
 class FastMLP:
     """In-context change of one MLP of a CMS, per sequence: tensors (b, *weight.shape)."""
@@ -379,12 +375,12 @@ class FastMLP:
     def move(self, step: Tensor) -> FastMLP:
         """At the end of its chunk (eq. 71)."""
         zeros = [torch.zeros_like(a) for a in self.total]
-        return replace(self, delta=step_along(self.delta, self.total, step), total=zeros)
+        return replace(self, delta=[w - step * g for w, g in zip(self.delta, self.total)], total=zeros)
 
     def restart(self, step: Tensor) -> FastMLP:
         """At the end of the next slower chunk, in nested wiring: back to the start state, which moves (eq. 72)."""
         zeros = [torch.zeros_like(a) for a in self.total]
-        start = step_along(self.start, self.start_total, step)
+        start = [w - step * g for w, g in zip(self.start, self.start_total)]
         return FastMLP(start, zeros, start, zeros)
 
 
@@ -616,11 +612,11 @@ class Memory(SequenceLayer):
         if c.decay == "fixed":
             self.register_buffer("fixed_alpha", 1 - 2.0 ** -(5 + torch.arange(h)).view(h, 1), persistent=False)
         self.start = nn.ParameterDict()
-        parts = {"proj": len(self.adaptive), "main": 1} if self.adaptive else {"main": 1}
-        for part, n in parts.items():
-            self._make_start(part, n)
+        self.parts = ["proj", "main"] if self.adaptive else ["main"]
+        for part in self.parts:
+            self._make_start(part, len(self.adaptive) if part == "proj" else 1)
         # Parts with one clock are run together, as one group, the main memory last: group -> its parts.
-        self.groups = {"main": list(parts)} if c.chunk == c.chunk_proj else {part: [part] for part in parts}
+        self.groups = {"main": self.parts} if c.chunk == c.chunk_proj else {part: [part] for part in self.parts}
         self._start_conv_as_identity()
 
     @staticmethod
@@ -685,10 +681,10 @@ class Memory(SequenceLayer):
         for name, to in (("k", self.to_k), ("v", self.to_v), ("q", self.to_q)):
             if name not in self.adaptive:
                 streams[name] = self._heads(x, to)
-        for name in streams.keys() & {"u", "k", "q"}:
-            if c.qk_norm:
+        for name in ("u", "k", "q"):  # in this order, so that gradients are summed alike in every process
+            if name in streams and c.qk_norm:
                 streams[name] = F.normalize(streams[name], dim=-1)
-            if c.rotary and name != "u":
+            if name in streams and c.rotary and name != "u":
                 streams[name] = rotate(streams[name], t, c.rope_theta)
         for name, gate in self.gates.items():
             if name not in self.adaptive:
@@ -857,9 +853,8 @@ class Attention(SequenceLayer):
         seen = (key <= query) & (key > query - c.window) if c.window else key <= query
         if state.cut:
             seen = seen & (key >= state.first[:, None, None, None])
-        causal = queries == keys and not c.window and not state.cut  # needs no mask
+        causal, gqa = queries == keys and not c.window and not state.cut, self.n_kv != c.n_head
         mask = None if causal else seen
-        gqa = self.n_kv != c.n_head
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=gqa)
         first = state.first
         if c.window:
@@ -1650,42 +1645,31 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
     Raises ValueError for an optimizer whose memories are not known here.
     """
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    found = sorted(
-        memory_levels(model) + cms_levels(model) + optimizer_levels(optimizers) + parameter_levels(model, optimizers),
-        key=lambda row: row.order,
-    )
+    found = model_levels(model) + optimizer_levels(optimizers) + parameter_levels(model, optimizers)
+    found.sort(key=lambda row: row.order)
     orders = sorted({row.order for row in found})
     return Levels(replace(row, level=orders.index(row.order) + 1) for row in found)
 
 
-def memory_levels(model: Hope) -> list[Level]:
-    """The sequence layers."""
-    layers, found, m = [block.memory for block in model.blocks], [], model.config.memory
+def model_levels(model: Hope) -> list[Level]:
+    """What is written in context: the sequence layers and the CMS."""
+    c, m, layers, found = model.config, model.config.memory, [block.memory for block in model.blocks], []
     attention = [layer for layer in layers if isinstance(layer, Attention)]
     memories = [layer for layer in layers if isinstance(layer, Memory)]
     if attention:
         window = attention[0].config.window
         seen = f"last {window} tokens" if window else "all tokens so far"
         found.append(Level("softmax attention", 0, seen, "regression (eq. 62)", "solved exactly", 0))
-    if not memories:
-        return found
     loss = "1/2 |M k - v|^2" if m.objective == "l2" else "-<M k, v>"
     rule = "delta GD (eq. 88)" if m.rule == "dgd" else "GD (eq. 17)"
     pairs = "keys, own values" if m.self_values else "keys, values"
-    parts = [("main", "memory M", "", m.chunk if m.read == "chunk" else 1)]
-    if m.adaptive:
-        parts.append(("proj", ",".join(memories[0].adaptive), "memories ", m.chunk_proj))
-    for part, name, kind, period in parts:
+    for part in reversed(memories[0].parts) if memories else ():
         size = len(memories) * sum(w.numel() for w in memories[0].start_weights(part))
+        short = "memory M" if part == "main" else ",".join(memories[0].adaptive)
+        period = m.chunk_proj if part == "proj" else m.chunk if m.read == "chunk" else 1
         if m.momentum:
-            found.append(Level(f"{name}: momentum", period, "inner gradients", "-<m, g>", "EMA", size))
-        found.append(Level(kind + name, period, pairs, loss, rule, size, rank=1))
-    return found
-
-
-def cms_levels(model: Hope) -> list[Level]:
-    """What is written in context."""
-    c, found = model.config, []
+            found.append(Level(f"{short}: momentum", period, "inner gradients", "-<m, g>", "EMA", size))
+        found.append(Level("memories " * (part == "proj") + short, period, pairs, loss, rule, size, rank=1))
     for i in c.written:
         size = c.n_layer * sum(w.numel() for w in model.blocks[0].cms.levels[i].matrices)
         name = f"CMS, C = {c.cms[i]:g}"
