@@ -593,13 +593,13 @@ def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
                 with FileLock(f"{folder}.lock"):
                     if not folder.exists():  # another process may have made it meanwhile
                         part = folder.with_name(f"{folder.name}.part")
-                        write_tokens(part, source, identity)
+                        write_tokens(part, source, name)
                         put_in_place(part, folder)
     fix = f"restore it, or delete {folder} to prepare it anew"
     manifest = read_signed(folder / "manifest.json", fix)
     if "sha256s" not in manifest:
         raise UserError(f"--data {folder}: its preparation was not finished; finish it where it was begun")
-    if config.tokenizer not in ("", used := manifest["source"]["tokenizer"]):
+    if config.tokenizer not in ("", used := manifest["tokenizer"]):
         raise UserError(f"--data {folder} was prepared with --tokenizer {used}; leave --tokenizer out")
     for file in FILES:
         path, size = folder / file, manifest["sizes"][file]
@@ -612,7 +612,7 @@ def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
     return folder, manifest, Tokenizer.of(folder, manifest["tokenizer_sha256"], fix)
 
 
-def write_tokens(folder: Path, source: Source, identity: dict) -> None:
+def write_tokens(folder: Path, source: Source, tokenizer_name: str) -> None:
     """Fill a folder with FILES and a manifest. Whatever stops it, it goes on after the last batch that the manifest has."""
     path, fix = folder / "manifest.json", f"delete {folder} to prepare it anew"
     if path.exists():
@@ -622,10 +622,10 @@ def write_tokens(folder: Path, source: Source, identity: dict) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         texts = lambda: (p.text for pieces, _ in batches(source) for p in pieces if not p.held_out)
-        tokenizer = make_tokenizer(identity["tokenizer"], texts)
+        tokenizer = make_tokenizer(tokenizer_name, texts)
         tokenizer.save(folder)
-        manifest = {"source": identity, "held_out": source.held_out, "tokenizer_sha256": tokenizer.sha256}
-        manifest |= {"position": None, "side": None, "sizes": dict.fromkeys(FILES, 0)}
+        manifest = {"data": source.data, "tokenizer": tokenizer_name, "tokenizer_sha256": tokenizer.sha256}
+        manifest |= {"held_out": source.held_out, "position": None, "side": None, "sizes": dict.fromkeys(FILES, 0)}
     tokenizer = Tokenizer.of(folder, manifest["tokenizer_sha256"], fix)
     source.start, files = manifest["position"], {}
     with ExitStack() as stack, tqdm(desc=f"preparing {folder}", unit="B", unit_scale=True, disable=None) as bar:
