@@ -317,10 +317,9 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; what is not UTF-8 is shown as U+FFFD."""
-        raw = (
-            bytes(tokens) if self.ranks is None else self.encoding.decode_bytes([t for t in tokens if self.lengths[t]])
-        )
-        return raw.decode(errors="replace")
+        if self.ranks is not None:
+            tokens = self.encoding.decode_bytes([t for t in tokens if self.lengths[t]])
+        return bytes(tokens).decode(errors="replace")
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.tiktoken and, for the pattern, tokenizer.json; bytes need neither."""
@@ -1044,10 +1043,8 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(config.device)
         if config.batch_size % self.size or self.size % config.nodes:
-            raise UserError(
-                f"{self.size} processes on {config.nodes} nodes cannot share {config.batch_size} sequences a step evenly; "
-                "give a --batch-size that is a multiple of the number of processes, and --nodes as torchrun's --nnodes"
-            )
+            uneven = f"{self.size} processes on {config.nodes} nodes cannot share {config.batch_size} sequences evenly"
+            raise UserError(f"{uneven}; give a multiple of them as --batch-size, and --nodes as torchrun's --nnodes")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
@@ -1175,8 +1172,9 @@ def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimi
             f"{slow[0]['period']} steps of --seq-len {config.seq_len}; give --seq-len {slow[-1]['chunk']}, or another optimizer"
         )
     first = [optim.Accumulate(slow)] if slow else []
+    last = [optim.EMA(model.parameters(), config.ema)] if config.ema else []
     if name == "adamw":
-        return [*first, torch.optim.AdamW(matrix + rest, **adamw)]
+        return [*first, torch.optim.AdamW(matrix + rest, **adamw), *last]
     make = {
         # match_rms_adamw gives Muon's step the size of AdamW's, so that one learning rate serves both.
         "muon": lambda: torch.optim.Muon(matrix, lr=config.lr, adjust_lr_fn="match_rms_adamw"),
@@ -1185,24 +1183,20 @@ def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimi
         "delta-momentum": lambda: optim.DeltaMomentum(matrix, lr=config.lr),
         "deep-momentum": lambda: optim.DeepMomentum(matrix, lr=config.lr),
     }
-    return [*first, make[name](), torch.optim.AdamW(rest, **adamw)]
-
-
-def make_average(model: Hope, config: TrainConfig) -> list[optim.EMA]:
-    """The average of the weights that a run keeps: a list of one, or of none."""
-    return [optim.EMA(model.parameters(), config.ema)] if config.ema else []
+    return [*first, make[name](), torch.optim.AdamW(rest, **adamw), *last]
 
 
 @contextmanager
-def averaged(averages: list[optim.EMA]) -> Iterator[None]:
-    """Inside, the average, if there is one, is the model's weights, and they wait in its place."""
+def averaged(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+    """Inside, the average of the weights, if a run keeps one, is the model's, and they wait in its place."""
 
     @torch.no_grad()
     def swap() -> None:
-        for p, state in (item for average in averages for item in average.state.items()):
-            weights = p.detach().clone()
-            p.copy_(state["average"])
-            state["average"].copy_(weights)
+        for average in (o for o in optimizers if isinstance(o, optim.EMA)):
+            for p, state in average.state.items():
+                weights = p.detach().clone()
+                p.copy_(state["average"])
+                state["average"].copy_(weights)
 
     swap()
     try:
@@ -1430,15 +1424,17 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     distribute(model, config, world)
     if config.compile:
         hope.compile_parts(model)
-    optimizers, averages = make_optimizers(model, config), make_average(model, config)
-    state = resume(run, stored, model, optimizers + averages, world)
+    optimizers = make_optimizers(model, config)
+    state = resume(run, stored, model, optimizers, world)
     start = state["step"]
     if start == config.steps:
         say(f"{run.path}: finished already")
     size = sum(p.numel() for p in model.parameters())
     title = f"{config.arch}, size {config.size}, {size:,} parameters"
     on = f"{world.size} x {world.device.type}" if world.size > 1 else world.device
-    say(f"\n{title}\n{corpus}, on {on}\n\n{hope.levels(model, optimizers)}\n")
+    say(
+        f"\n{title}\n{corpus}, on {on}\n\n{hope.levels(model, [o for o in optimizers if not isinstance(o, optim.EMA)])}\n"
+    )
 
     bits = corpus.tokens_per_byte / math.log(2)  # of nats per token, in bits per byte
     peak, inner = world.size * peak_flops(config, world.device), size - model.embed.weight.numel()
@@ -1460,7 +1456,7 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
             loss, stop = world.sum(loss, interrupt.is_set())
             skipped = why_skip(loss, norm, state, config)
             if not skipped:
-                for optimizer in optimizers + averages:
+                for optimizer in optimizers:
                     optimizer.step()
             state["step"] = step
             speed = (step - start) * tokens / (time.perf_counter() - clock)
@@ -1471,7 +1467,7 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
                 row |= {"skipped": skipped, **finite}
             diverged, last = state["skips_in_a_row"] >= config.max_skips, step == config.steps
             if not diverged and (step % config.eval_every == 0 or last):
-                with averaged(averages), gathered(model), computing_in(config, world):
+                with averaged(optimizers), gathered(model), computing_in(config, world):
                     row["val_loss"] = validate(model, corpus, config, world)
                     row["val_bpb"] = row["val_loss"] * bits
                     few = min(4, at_once(config, world))
@@ -1487,7 +1483,7 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
                 fix = f"try a smaller --lr than {config.lr:g}"
                 raise UserError(f"{skipped} at step {step}: training diverged, {many}; {batch}, {good}; {fix}")
             if step % config.save_every == 0 or stop or last:
-                tensors = tensors_of(model, optimizers + averages) | {"rng": torch.get_rng_state()}
+                tensors = tensors_of(model, optimizers) | {"rng": torch.get_rng_state()}
                 run.save(state, tensors, config.keep, world)
             if world.rank == 0 and ("val_loss" in row or stop):
                 run.plot(title, bits)
@@ -1500,7 +1496,7 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     if world.rank == 0:
         print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
         print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
-    with averaged(averages), gathered(model), computing_in(config, world):
+    with averaged(optimizers), gathered(model), computing_in(config, world):
         if world.rank == 0:
             print(sample_text(model, tokenizer, Command(), config.seed))
     say(f'\nMore: python train.py --sample {run.path} --prompt "The "')
@@ -1663,10 +1659,10 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
     tokenizer = Tokenizer.of(path, sha256["tokenizer_sha256"], f"restore it, {anew}")
     world = World(replace(config, device=device or config.device))
     model = Hope(model_config).to(world.device)
-    averages = make_average(model, config)
+    average = [optim.EMA(model.parameters(), config.ema)] if config.ema else []
     about = to_json(config, model_config, sha256)
-    state = run.load(run.saved()[-1], about, tensors_of(model, averages), world)
-    with averaged(averages):
+    state = run.load(run.saved()[-1], about, tensors_of(model, average), world)
+    with averaged(average):
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.load_state_dict(weights)
     return config, model, tokenizer, about | {"step": state["step"]}
