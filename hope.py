@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import chunk_gates, dgd_chunk, memory_scan, scans, uses_triton
+from kernels import EPS, chunk_gates, dgd_chunk, memory_scan, scans, uses_triton
 
 INF = float("inf")
 
@@ -194,7 +194,7 @@ class HopeConfig:
     mlp: Literal["silu", "swiglu", "gelu"] = setting("silu", "kind of MLP; gelu is its tanh form")
     mlp_bias: bool = setting(False, "biases in the MLPs; they are not written in context")
     norm: Literal["rms", "layer"] = setting("rms", "norm in front of every layer; layer is LayerNorm, with a bias")
-    norm_eps: float = setting(0.0, "what the norms add to the mean square; 0 for torch's default")
+    norm_eps: float = setting(1e-3, "what the norms add to the mean square")
     n_position: int = setting(0, "learnt absolute positions, and so the longest stream; 0 for none")
     tied: bool = setting(False, "the output head is the embedding")
     inner_grad: Literal["first-order", "full"] = setting(
@@ -392,13 +392,24 @@ def causal_conv(conv: nn.Conv1d | None, x: Tensor, tail: Tensor | None) -> tuple
     return conv(x.mT).mT, x[:, x.shape[1] - tail.shape[1] :]
 
 
+def unit(x: Tensor) -> Tensor:
+    """x: (..., e) at length 1, or times 1 / `kernels.EPS` where it is shorter than that: what is 0 has a gradient."""
+    return F.normalize(x, dim=-1, eps=EPS)
+
+
+def layer_norm(y: Tensor) -> tuple[Tensor, Tensor]:
+    """y: (..., e) with mean 0 and spread 1, or less where its own was not far above EPS; and what it was divided by."""
+    std = (y.var(-1, correction=0, keepdim=True) + EPS**2).sqrt()
+    return (y - y.mean(-1, keepdim=True)) / std, std
+
+
 def apply_memory(layers: Sequence[Tensor], x: Tensor, norm: bool = False) -> Tensor:
     """Read memories of weights (b, h, n, o, i) at x (b, h, n or 1, c, i): M x, or x + W1 silu(W2 x) (eq. 89)."""
     if len(layers) == 1:
         return x @ layers[0].mT
     w2, w1 = layers
     y = F.silu(x @ w2.mT) @ w1.mT
-    return x + (F.layer_norm(y, y.shape[-1:]) if norm else y)
+    return x + (layer_norm(y)[0] if norm else y)
 
 
 def inner_gradients(
@@ -414,7 +425,7 @@ def inner_gradients(
     hidden = z * gate
     out = y = hidden @ w1.mT
     if norm:
-        y, std = F.layer_norm(y, y.shape[-1:]), (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        y, std = layer_norm(y)
     d1 = k + y - v if objective == "l2" else -v
     if norm:  # through the layer norm
         d1 = (d1 - d1.mean(-1, keepdim=True) - y * (d1 * y).mean(-1, keepdim=True)) / std
@@ -545,7 +556,7 @@ class Memory(nn.Module):
         if self.to_y is None:
             return rearrange(y, "b h t e -> b t (h e)")
         if self.y_norm is not None:
-            y = F.rms_norm(y, y.shape[-1:]) * self.y_norm
+            y = unit(y) * y.shape[-1] ** 0.5 * self.y_norm
         return self.to_y(rearrange(y, "b h t e -> b t (h e)").to(self.to_y.weight.dtype))
 
     def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
@@ -560,7 +571,7 @@ class Memory(nn.Module):
                 streams[name] = self._heads(x, to)
         for name in ("u", "k", "q"):
             if name in streams and c.qk_norm:
-                streams[name] = F.normalize(streams[name], dim=-1)
+                streams[name] = unit(streams[name])
             if name in streams and c.rotary and name != "u":
                 streams[name] = rotate(streams[name], state.t, c.rope_theta)
         for name, gate in self.gates.items():
@@ -631,7 +642,7 @@ class Memory(nn.Module):
             for name, read in zip(self.adaptive, reads.unbind(2)):
                 if name in self.gates:
                     read = GATES[name](self.gates[name](read))
-                z[name] = F.normalize(read, dim=-1) if c.qk_norm and name in "kq" else read
+                z[name] = unit(read) if c.qk_norm and name in "kq" else read
         k, v, y, eta, alpha = (z[name].unsqueeze(2) for name in ("k", "v", "q", "eta", "alpha"))
         theta = z["theta"].unsqueeze(2) if c.momentum else None
         through = None if uses_triton(k) else chunk_gates(alpha, theta, ema=True)  # kernels make their own
@@ -642,7 +653,7 @@ class Memory(nn.Module):
                 value = apply_memory(group.anchor, v, c.memory_norm)
                 if c.value_norm:
                     scale = torch.cat([self.start[f"{part}_scale"] for part in self.groups[name]], 1)
-                    value = scale * F.normalize(value, dim=-1)
+                    value = scale * unit(value)
             query = y if name == "main" and c.read != "chunk" else None
             now, momentum = [], []
             gradients = inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)
@@ -665,7 +676,7 @@ class Memory(nn.Module):
         elif c.depth == 1:
             y = query
         else:
-            y = y + (F.layer_norm(query, query.shape[-1:]) if c.memory_norm else query)
+            y = y + (layer_norm(query)[0] if c.memory_norm else query)
         return y.squeeze(2), new
 
 
@@ -743,7 +754,7 @@ class Attention(Memory):
         x, tail = causal_conv(self.conv, x, state.tail)
         q, k, v = (self._heads(x, to) for to in (self.to_q, self.to_k, self.to_v))
         if c.qk_norm:
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, k = unit(q), unit(k)
         q = q * self.scale
         if c.rotary:
             q, k = rotate(q, state.t, c.rope_theta), rotate(k, state.t, c.rope_theta)
@@ -777,8 +788,7 @@ class FastLinear(nn.Linear):
 
 
 def make_norm(config: HopeConfig) -> nn.Module:
-    eps = {"eps": config.norm_eps} if config.norm_eps else {}
-    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm](config.memory.d_model, **eps)
+    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm](config.memory.d_model, eps=config.norm_eps)
 
 
 class MLP(nn.Module):

@@ -26,6 +26,11 @@ except ImportError:  # not for this platform: the reference does everything
     triton = tl = None
     jit = lambda fn: fn
 
+# Vectors shorter than this are not brought to length 1 (`hope.unit`), and spreads not to 1 (`hope.layer_norm`): small beside
+# the length of a key, about sqrt(head width), and of what a unit vector reads. So what is 0 gets its gradient times 10,
+# not times 1e12.
+EPS = 0.1
+
 
 def _segment_products(a: Tensor) -> Tensor:
     """Products of consecutive gates. a: (..., c) -> (..., c + 1, c + 1), entry [t, s] = a_{s+1} ... a_t, 0 for s > t.
@@ -1200,10 +1205,10 @@ def _apply(W, X, row, t, o, left, O, I, BI: tl.constexpr, PRECISION: tl.constexp
 
 
 @jit
-def _layer_norm(y, e, E):
-    """y (BE, BC) with mean 0 and variance 1 in every column, and the standard deviations it had."""
+def _layer_norm(y, e, E, eps: tl.constexpr = EPS):
+    """`hope.layer_norm` of the columns of y (BE, BC), and what it divided them by."""
     y = tl.where((e < E)[:, None], y - tl.sum(y, 0)[None, :] / E, 0.0)
-    std = tl.sqrt(tl.sum(y * y, 0) / E + 1e-5)
+    std = tl.sqrt(tl.sum(y * y, 0) / E + eps * eps)
     return y / std[None, :], std
 
 
@@ -1229,8 +1234,9 @@ def _mlp(W2, W1, X, row, z, hidden, t, e, left, E, H, NORM: tl.constexpr, BI: tl
 
 
 @jit
-def _normalized(y):
-    return y / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), 1e-12)[None, :]
+def _normalized(y, eps: tl.constexpr = EPS):
+    """`hope.unit` of every column."""
+    return y / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), eps)[None, :]
 
 
 @jit

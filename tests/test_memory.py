@@ -10,6 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hope
+from kernels import EPS
+
+
+def unit(z):
+    """z of length 1 along its last dimension, or 1 / EPS times z where that is less."""
+    return z / z.norm(dim=-1, keepdim=True).clamp(min=EPS)
 
 
 def random_memory(**fields):
@@ -32,7 +38,7 @@ def specification(memory, x):
     for h in range(c.n_head):
         cut = slice(h * e, (h + 1) * e)
         static = lambda to: x if to is None else (x @ to.weight.T)[:, cut]
-        unit = lambda z: z / z.norm() if c.qk_norm else z
+        key = lambda z: unit(z) if c.qk_norm else z
         now = {b: [memory.start[f"proj_{l}"][h, i] for l in depth] for i, b in enumerate(memory.adaptive)}
         rescaled = c.self_values and c.value_norm
         scale = {b: memory.start["proj_scale"][h, i] for i, b in enumerate(memory.adaptive)} if rescaled else {}
@@ -46,17 +52,17 @@ def specification(memory, x):
             if c.depth == 1:
                 return ws[0] @ z
             y = ws[1] @ F.silu(ws[0] @ z)
-            return z + (F.layer_norm(y, y.shape) if c.memory_norm else y)
+            return z + (F.layer_norm(y, y.shape, eps=EPS**2) if c.memory_norm else y)
 
         for t in range(len(x)):
             for b in now:
                 if t % (c.chunk if b == "main" else c.chunk_proj) == 0:
                     anchor[b] = now[b]
-            read = {b: run(anchor[b], unit(static(memory.to_u)[t])) for b in memory.adaptive}
+            read = {b: run(anchor[b], key(static(memory.to_u)[t])) for b in memory.adaptive}
             for b in ("k", "v", "q"):
                 if b not in read:
                     read[b] = static(getattr(memory, f"to_{b}"))[t]
-            k, v, q = unit(read["k"]), read["v"], unit(read["q"])
+            k, v, q = key(read["k"]), read["v"], key(read["q"])
 
             def gate(name):
                 g = memory.gates[name]
@@ -77,7 +83,7 @@ def specification(memory, x):
                 target = v
                 if c.self_values:
                     target = run(anchor[b], v)
-                    target = (scale[b] * F.normalize(target, dim=0)).squeeze() if rescaled else target
+                    target = (scale[b] * unit(target)).squeeze() if rescaled else target
                 start = [w.detach().requires_grad_() for w in anchor[b]]
                 out = run(start, k)
                 loss = 0.5 * (out - target.detach()).square().sum() if c.objective == "l2" else -(out @ target.detach())
@@ -100,7 +106,7 @@ def specification(memory, x):
     y = torch.stack(outputs).view(c.n_head, len(x), e).transpose(0, 1)
     if memory.to_y is None:
         return y.flatten(1)
-    return (F.rms_norm(y, (e,)) * memory.y_norm.squeeze(1)).flatten(1) @ memory.to_y.weight.T
+    return (e**0.5 * unit(y) * memory.y_norm.squeeze(1)).flatten(1) @ memory.to_y.weight.T
 
 
 subsets = st.sets(st.sampled_from(["k", "v", "q", "eta", "alpha"])).map(lambda s: tuple(sorted(s)))
@@ -148,18 +154,17 @@ def test_the_papers_literal_form():
     scale["mem"] = memory.start["main_scale"][0, 0, 0, 0]
     run = lambda W, z: z + W[1] @ F.silu(W[0] @ z)
     for t in range(6):
-        x_t = F.normalize(x[0, t], dim=0)
-        q = F.normalize(memory.to_q.weight @ x[0, t], dim=0)
+        x_t, q = unit(x[0, t]), unit(memory.to_q.weight @ x[0, t])
         y = run(M["mem"], q)  # eq. 86
         torch.testing.assert_close(memory(x)[0][0, t], y)
-        k, v = F.normalize(run(M["k"], x_t), dim=0), run(M["v"], x_t)
+        k, v = unit(run(M["k"], x_t)), run(M["v"], x_t)
         eta = F.softplus(memory.gates["eta"].read[0, 0] @ run(M["eta"], x_t) + memory.gates["eta"].bias[0, 0])
         alpha = torch.sigmoid(
             memory.gates["alpha"].read[0, 0] @ run(M["alpha"], x_t) + memory.gates["alpha"].bias[0, 0]
         )
         new = {}
         for b, W in M.items():
-            target = scale[b] * F.normalize(run(W, v), dim=0)  # eq. 84
+            target = scale[b] * unit(run(W, v))  # eq. 84
             leaves = [w.detach().requires_grad_() for w in W]
             grads = torch.autograd.grad(0.5 * (run(leaves, k) - target.detach()).square().sum(), leaves)
             z = [k, F.silu(W[0] @ k)]
@@ -180,7 +185,7 @@ def literature(name, memory, x, chunk):
     for h in range(c.n_head):
         cut = slice(h * e, (h + 1) * e)
         q, k, v = ((x @ getattr(memory, f"to_{b}").weight.T)[:, cut] for b in "qkv")
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = unit(q), unit(k)
         gate = lambda g: x @ memory.gates[g].weight[h] + memory.gates[g].bias[h]
         reads = []
         if name == "linear-attention":  # Katharopoulos et al. 2020, without the normaliser: sum_s (q_t . k_s) v_s
@@ -195,14 +200,14 @@ def literature(name, memory, x, chunk):
             S, eta = torch.zeros(e, e, dtype=x.dtype), F.softplus(gate("eta"))
             alpha = torch.sigmoid(gate("alpha")) if name == "gated-deltanet" else torch.ones(len(x), dtype=x.dtype)
             for t in range(len(x)):
-                beta = eta[t] / (1 + eta[t]) / alpha[t]
+                beta = eta[t] / (1 + eta[t] * k[t] @ k[t]) / alpha[t]
                 S = alpha[t] * S @ (torch.eye(e) - beta * torch.outer(k[t], k[t])) + beta * torch.outer(
                     alpha[t] * v[t], k[t]
                 )
                 reads.append(S @ q[t])
         else:  # an MLP memory f(W; x) = x + LN(W1 silu(W2 x)), gradients at the chunk's start
             now = [memory.start["main_0"][h, 0], memory.start["main_1"][h, 0]]
-            f = lambda W, z: z + F.layer_norm(W[1] @ F.silu(W[0] @ z), (e,))
+            f = lambda W, z: z + F.layer_norm(W[1] @ F.silu(W[0] @ z), (e,), eps=EPS**2)
             S = [torch.zeros_like(w) for w in now]
             rate = F.softplus(gate("eta")) / chunk
             for t in range(len(x)):
@@ -257,7 +262,6 @@ def test_attention_is_kernel_regression_over_its_window(window):
     assert isinstance(memory, hope.Attention)
     memory.to_y = None  # the read itself
     x = torch.randn(1, 7, 4, dtype=torch.float64)
-    unit = lambda z: F.normalize(z, dim=-1)
     q = hope.rotate(unit(memory.to_q(x)) * memory.scale[0], 0)[0]
     k, v = hope.rotate(unit(memory.to_k(x)), 0)[0], memory.to_v(x)[0]
     for t, y in enumerate(memory(x)[0][0]):
@@ -279,6 +283,20 @@ def test_compiled_chunks_equal_the_others():
         y.square().sum().backward()
     for p, q in zip(plain.parameters(), compiled.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("preset", list(hope.MemoryConfig.PRESETS))
+def test_tokens_that_are_0_do_not_blow_up_gradients(preset):
+    """A vector of 0 has no direction: what makes lengths or spreads 1 must not divide gradients by next to nothing."""
+    memory = hope.Memory(hope.MemoryConfig.preset(preset, d_model=64, n_head=2, conv=0))
+    x, g, norms = torch.randn(1, 48, 64), torch.randn(1, 48, 64), []
+    for silent in (slice(0, 0), slice(0, None, 3), slice(0, None)):
+        z = x.clone()
+        z[:, silent] = 0
+        z.requires_grad_()
+        (memory(z)[0] * g).sum().backward()
+        norms.append(z.grad.norm())
+    assert max(norms) < 5e3 * norms[0]
 
 
 def test_bad_configurations_say_what_is_allowed():
