@@ -69,7 +69,8 @@ class MemoryConfig:
     objective: Literal["dot", "l2"] = setting("l2", "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2")
     rule: Literal["gd", "dgd"] = setting("dgd", "inner optimizer: gradient descent or delta gradient descent (eq. 88)")
     step: Literal["exact", "mean", "one"] = setting(
-        "exact", "inner step: exact is eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is eta / chunk; one is always 1"
+        "exact",
+        "inner step: exact is eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is that divided by the chunk; one is 1",
     )
     momentum: bool = setting(True, "momentum on the inner gradient, with a learnt gate theta")
     decay: Literal["gate", "fixed", "none"] = setting(
@@ -90,6 +91,9 @@ class MemoryConfig:
     qk_norm: bool = setting(True, "l2-normalise keys and queries")
     value_norm: bool = setting(True, "l2-normalise self-generated values and rescale them by a learnt factor")
     memory_norm: bool = setting(False, "MLP memories with a layer norm inside: x + norm(W1 silu(W2 x))")
+    spread: float = setting(
+        0.0, "MLP memories: standard deviation of W2 k for a unit key k, at the start; 0 for 1 / sqrt(head width)"
+    )
     expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width")
     rotary: bool = setting(False, "rotary positions on keys and queries")
     project: bool = setting(
@@ -107,14 +111,14 @@ class MemoryConfig:
     rope_theta: float = setting(10000.0, "rotary positions: base of the frequencies")
 
     LINEAR = dict(depth=1, objective="dot", momentum=False, decay="none", adaptive=(), self_values=False, read="after")
-    DEEP = dict(rule="gd", step="mean", adaptive=(), self_values=False, memory_norm=True)
+    DEEP = dict(rule="gd", step="mean", adaptive=(), self_values=False, chunk=16, chunk_proj=16, spread=1.0)
     PRESETS = {
         "hope": {},
         "linear-attention": dict(LINEAR, rule="gd", step="one"),
         "retnet": dict(LINEAR, rule="gd", step="one", decay="fixed", rotary=True),
         "deltanet": LINEAR,
         "gated-deltanet": dict(LINEAR, decay="gate"),
-        "ttt": dict(DEEP, momentum=False, decay="none", read="after", expand=4),
+        "ttt": dict(DEEP, momentum=False, decay="none", read="after", memory_norm=True, expand=4),
         "titans": DEEP,
         "dla": dict(DEEP, objective="dot", momentum=False),
         "attention": dict(depth=0, adaptive=(), rotary=True),
@@ -145,6 +149,8 @@ class MemoryConfig:
             raise ValueError(
                 f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself"
             )
+        if self.spread < 0:
+            raise ValueError(f"spread is {self.spread}; it cannot be negative")
         if self.rope_theta <= 0:
             raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
         if self.depth > 0 and (self.n_kv_head or self.bias):
@@ -470,6 +476,17 @@ class Memory(nn.Module):
     eta / (1 + eta |x|^2); momentum averages the inner gradient (weights theta and 1 - theta: with the gradient frozen
     over a chunk, a sum would overshoot by 1 / (1 - theta)) and leaves the delta term alone; self-generated values are
     l2-normalised and rescaled by a learnt factor, without which a model writes ever larger targets for itself.
+
+    Plain gradient descent (ttt, titans, dla) has no delta term to bound it. c gradients that are all taken at the chunk's
+    start add up, and a layer's loss has curvature |x|^2 along its input x: if c eta' |x|^2 is above 2, a chunk overshoots by
+    more than the error it began with, and the next by more again. With `step="mean"`, eta' = eta / (1 + eta |x|^2) / c, it
+    is at most 1. (TTT, too, averages over its mini-batch, and divides its rate by the head width, about |x|^2.)
+    A layer norm in the memory goes with steps but not with decay, which is why TTT has it and Titans does not: y = x +
+    LN(W1 h) depends on the direction of W1 only, so its gradient is G / |W1|, at a right angle to W1, and a token takes
+    |W1|^2 to alpha^2 |W1|^2 + (eta' G / |W1|)^2. Without decay |W1| grows, and steps turn W1 less and less. With decay it falls
+    until |W1|^4 = (eta' G)^2 / (1 - alpha^2), where a token turns W1 by eta' G / |W1|^2 = (1 - alpha^2)^(1/2), 0.19 for the
+    alpha of the start, *whatever eta is*: by 12 within a chunk of 64, in which gradients stand still. So gradients through
+    the chunks multiply, from 13 at 256 tokens to 5e7 at 2,048 and more.
     """
 
     def __new__(cls, config: MemoryConfig | None = None):
@@ -516,7 +533,7 @@ class Memory(nn.Module):
                 self.start[f"{group}_0"] = nn.Parameter(torch.zeros(h, n, e, e))
             else:
                 hidden = c.expand * e
-                self.start[f"{group}_0"] = nn.Parameter(torch.randn(h, n, hidden, e) / math.sqrt(e))
+                self.start[f"{group}_0"] = nn.Parameter(torch.randn(h, n, hidden, e) * (c.spread or e**-0.5))
                 self.start[f"{group}_1"] = nn.Parameter(torch.randn(h, n, e, hidden) / math.sqrt(hidden) * 0.3)
             if c.self_values and c.value_norm:
                 self.start[f"{group}_scale"] = nn.Parameter(torch.ones(h, n, 1, 1))
@@ -658,9 +675,8 @@ class Memory(nn.Module):
             now, momentum = [], []
             gradients = inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)
             for layer, (x, Wx, grad) in enumerate(gradients):
-                step = eta / c.chunk if c.step == "mean" else eta
-                if c.step == "exact":
-                    step = eta / (1 + eta * x.square().sum(-1))
+                step = eta if c.step == "one" else eta / (1 + eta * x.square().sum(-1))
+                step = step / c.chunk if c.step == "mean" else step
                 weights, m, query = dgd_chunk(
                     group.now[layer], x, grad, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
                     m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through, readers=1,

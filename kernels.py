@@ -1248,8 +1248,8 @@ def _gate(read, bias, head, X, t, e, left, E):
 
 @jit
 def _step(eta, x2, chunk, STEP: tl.constexpr):
-    """The inner step for inputs of squared length x2: the minimiser of eq. 56, an average over the chunk, or as it is."""
-    return eta / (1.0 + eta * x2) if STEP == "exact" else eta / chunk if STEP == "mean" else eta
+    """The inner step for inputs of squared length x2: the minimiser of eq. 56, its average over the chunk, or eta as it is."""
+    return eta if STEP == "one" else eta / (1.0 + eta * x2) / (chunk if STEP == "mean" else 1)
 
 
 @jit

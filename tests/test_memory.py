@@ -92,7 +92,8 @@ def specification(memory, x):
                 new = []
                 for l in depth:
                     w, z = now[b][l], layer_inputs[l]
-                    step = {"exact": eta / (1 + eta * z @ z), "mean": eta / c.chunk, "one": eta}[c.step]
+                    exact = eta / (1 + eta * z @ z)
+                    step = {"exact": exact, "mean": exact / c.chunk, "one": eta}[c.step]
                     write = -step * grads[l]
                     if c.momentum:
                         momentum[b][l] = theta * momentum[b][l] + (1 - theta) * write
@@ -205,11 +206,12 @@ def literature(name, memory, x, chunk):
                     alpha[t] * v[t], k[t]
                 )
                 reads.append(S @ q[t])
-        else:  # an MLP memory f(W; x) = x + LN(W1 silu(W2 x)), gradients at the chunk's start
+        else:  # an MLP memory f(W; x) = x + W1 silu(W2 x), TTT's with a layer norm; gradients at the chunk's start
+            norm = (lambda y: F.layer_norm(y, (e,), eps=EPS**2)) if name == "ttt" else lambda y: y
             now = [memory.start["main_0"][h, 0], memory.start["main_1"][h, 0]]
-            f = lambda W, z: z + F.layer_norm(W[1] @ F.silu(W[0] @ z), (e,), eps=EPS**2)
+            f = lambda W, z: z + norm(W[1] @ F.silu(W[0] @ z))
             S = [torch.zeros_like(w) for w in now]
-            rate = F.softplus(gate("eta")) / chunk
+            eta = F.softplus(gate("eta"))
             for t in range(len(x)):
                 if t % chunk == 0:
                     W0 = [w.detach().requires_grad_() for w in now]
@@ -217,15 +219,18 @@ def literature(name, memory, x, chunk):
                 out = f(W0, k[t])
                 loss = -(out @ v[t]) if name == "dla" else 0.5 * (out - v[t]).square().sum()
                 grads = torch.autograd.grad(loss, W0)
+                # An average over the chunk of steps that end at the target if a layer's input is all that is written.
+                inputs = [k[t], F.silu(W0[0] @ k[t])]
+                grads = [eta[t] / (1 + eta[t] * z @ z) / chunk * g for z, g in zip(inputs, grads)]
                 if name == "ttt":  # Sun et al. 2024, mini-batch gradient descent, read after the step
-                    now = [w - rate[t] * g for w, g in zip(now, grads)]
+                    now = [w - g for w, g in zip(now, grads)]
                     before = now
                 elif name == "titans":  # Behrouz et al. 2025: momentum on the surprise, weight decay
                     theta, alpha = torch.sigmoid(gate("theta")[t]), torch.sigmoid(gate("alpha")[t])
-                    S = [theta * s - (1 - theta) * rate[t] * g for s, g in zip(S, grads)]
+                    S = [theta * s - (1 - theta) * g for s, g in zip(S, grads)]
                     now = [alpha * w + s for w, s in zip(now, S)]
                 else:  # deep linear attention: dot-product objective, weight decay
-                    now = [torch.sigmoid(gate("alpha")[t]) * w - rate[t] * g for w, g in zip(now, grads)]
+                    now = [torch.sigmoid(gate("alpha")[t]) * w - g for w, g in zip(now, grads)]
                 reads.append(f(before, q[t]))
         heads.append(torch.stack(reads))
     return torch.cat(heads, -1)
@@ -308,6 +313,7 @@ def test_bad_configurations_say_what_is_allowed():
         (dict(decay="none"), "adaptive names alpha"),
         (dict(project=False), "set n_head=1"),
         (dict(conv=-1), "neither can be negative"),
+        (dict(spread=-1.0), "spread is -1.0; it cannot be negative"),
     ):
         with pytest.raises(ValueError, match=message):
             hope.MemoryConfig(**fields)
