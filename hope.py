@@ -70,12 +70,19 @@ class MemoryConfig:
     rule: Literal["gd", "dgd"] = setting("dgd", "inner optimizer: gradient descent or delta gradient descent (eq. 88)")
     step: Literal["exact", "mean", "one"] = setting(
         "exact",
-        "inner step: exact is eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is that divided by the chunk; one is 1",
+        "inner step: exact is beta eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is that divided by the chunk; one is 1",
+    )
+    beta: float = setting(
+        1.0, "what an inner step tends to, times 1 / |x|^2; up to 2, which lets the delta rule change signs"
     )
     momentum: bool = setting(True, "momentum on the inner gradient, with a learnt gate theta")
     decay: Literal["gate", "fixed", "none"] = setting(
         "gate",
         "retention alpha: a learnt gate, a fixed number for every head (RetNet's), or none: nothing is forgotten",
+    )
+    decay_first: bool = setting(
+        False,
+        "the delta term erases what decay has left, alpha (M - eta' M x x^T); off: alpha M - eta' M x x^T (eq. 88)",
     )
     adaptive: tuple[str, ...] = setting(
         ("k", "v", "eta", "alpha"), "which of k, v, q, eta, alpha are read from memories that are written too"
@@ -117,7 +124,7 @@ class MemoryConfig:
         "linear-attention": dict(LINEAR, rule="gd", step="one"),
         "retnet": dict(LINEAR, rule="gd", step="one", decay="fixed", rotary=True),
         "deltanet": LINEAR,
-        "gated-deltanet": dict(LINEAR, decay="gate"),
+        "gated-deltanet": dict(LINEAR, decay="gate", decay_first=True),
         "ttt": dict(DEEP, momentum=False, decay="none", read="after", memory_norm=True, expand=4),
         "titans": DEEP,
         "dla": dict(DEEP, objective="dot", momentum=False),
@@ -149,6 +156,8 @@ class MemoryConfig:
             raise ValueError(
                 f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself"
             )
+        if not 0 < self.beta <= 2:
+            raise ValueError(f"beta is {self.beta}; it must be above 0 and at most 2, beyond which writes overshoot")
         if self.spread < 0:
             raise ValueError(f"spread is {self.spread}; it cannot be negative")
         if self.rope_theta <= 0:
@@ -599,7 +608,8 @@ class Memory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             streams = {name: z if z.dtype == torch.float64 else z.float() for name, z in streams.items()}
             some = next(iter(streams.values()))
-            one, fused = some.new_ones(some.shape[:3]), scans(some, c.d_head)
+            one = some.new_ones(some.shape[:3])
+            fused = not c.decay_first and c.beta == 1 and scans(some, c.d_head)
             if c.step == "one":
                 streams["eta"] = one
             if c.decay != "gate":
@@ -662,6 +672,8 @@ class Memory(nn.Module):
                 z[name] = unit(read) if c.qk_norm and name in "kq" else read
         k, v, y, eta, alpha = (z[name].unsqueeze(2) for name in ("k", "v", "q", "eta", "alpha"))
         theta = z["theta"].unsqueeze(2) if c.momentum else None
+        if c.decay_first:  # gradients are divided by alpha below; so little of a state is as good as nothing
+            alpha = alpha.clamp(min=1e-3)
         through = None if uses_triton(k) else chunk_gates(alpha, theta, ema=True)  # kernels make their own
         new = {}
         for name, group in groups.items():
@@ -675,8 +687,10 @@ class Memory(nn.Module):
             now, momentum = [], []
             gradients = inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)
             for layer, (x, Wx, grad) in enumerate(gradients):
-                step = eta if c.step == "one" else eta / (1 + eta * x.square().sum(-1))
+                step = eta if c.step == "one" else c.beta * eta / (1 + eta * x.square().sum(-1))
                 step = step / c.chunk if c.step == "mean" else step
+                if c.decay_first:  # erase alpha M x, but write as much as ever
+                    step, grad = alpha * step, grad / alpha.unsqueeze(-1)
                 weights, m, query = dgd_chunk(
                     group.now[layer], x, grad, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
                     m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through, readers=1,

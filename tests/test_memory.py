@@ -92,7 +92,7 @@ def specification(memory, x):
                 new = []
                 for l in depth:
                     w, z = now[b][l], layer_inputs[l]
-                    exact = eta / (1 + eta * z @ z)
+                    exact = c.beta * eta / (1 + eta * z @ z)
                     step = {"exact": exact, "mean": exact / c.chunk, "one": eta}[c.step]
                     write = -step * grads[l]
                     if c.momentum:
@@ -100,7 +100,7 @@ def specification(memory, x):
                         write = momentum[b][l]
                     w_new = alpha * w + write
                     if c.rule == "dgd":
-                        w_new = w_new - step * torch.outer(w @ z, z)
+                        w_new = w_new - step * torch.outer((alpha if c.decay_first else 1) * w @ z, z)
                     new.append(w_new)
                 now[b] = new
             outputs.append(run({"token": before, "after": now["main"], "chunk": anchor["main"]}[c.read], q))
@@ -120,7 +120,7 @@ subsets = st.sets(st.sampled_from(["k", "v", "q", "eta", "alpha"])).map(lambda s
             depth=st.sampled_from([1, 2]), objective=st.sampled_from(["dot", "l2"]), rule=st.sampled_from(["gd", "dgd"]),
             momentum=st.booleans(), self_values=st.booleans(), adaptive=subsets, chunk=st.integers(1, 6),
             chunk_proj=st.integers(1, 6), read=st.sampled_from(["token", "after", "chunk"]), conv=st.sampled_from([0, 2, 4]),
-            qk_norm=st.booleans(),
+            qk_norm=st.booleans(), decay_first=st.booleans(), beta=st.sampled_from([0.5, 1.0, 2.0]),
         )
     ),
     t=st.integers(1, 9),
@@ -196,15 +196,13 @@ def literature(name, memory, x, chunk):
             gamma = 1 - 2.0 ** (-5 - h)
             reads = [sum(gamma ** (t - s) * (q[t] @ k[s]) * v[s] for s in range(t + 1)) for t in range(len(x))]
         elif name in ("deltanet", "gated-deltanet"):
-            # Yang et al. 2024: S = alpha S (I - beta k k^T) + beta v k^T. Ours leaves alpha off the write's beta:
-            # the same with beta / alpha for beta and alpha v for v.
+            # Yang et al. 2024, 2025: S = alpha S (I - beta k k^T) + beta v k^T. Their beta is a sigmoid of a projection, and
+            # so is ours for unit keys, eta / (1 + eta) = sigmoid(log eta), with another curve from projection to log eta.
             S, eta = torch.zeros(e, e, dtype=x.dtype), F.softplus(gate("eta"))
             alpha = torch.sigmoid(gate("alpha")) if name == "gated-deltanet" else torch.ones(len(x), dtype=x.dtype)
             for t in range(len(x)):
-                beta = eta[t] / (1 + eta[t] * k[t] @ k[t]) / alpha[t]
-                S = alpha[t] * S @ (torch.eye(e) - beta * torch.outer(k[t], k[t])) + beta * torch.outer(
-                    alpha[t] * v[t], k[t]
-                )
+                beta = eta[t] / (1 + eta[t] * k[t] @ k[t])
+                S = alpha[t] * S @ (torch.eye(e) - beta * torch.outer(k[t], k[t])) + beta * torch.outer(v[t], k[t])
                 reads.append(S @ q[t])
         else:  # an MLP memory f(W; x) = x + W1 silu(W2 x), TTT's with a layer norm; gradients at the chunk's start
             norm = (lambda y: F.layer_norm(y, (e,), eps=EPS**2)) if name == "ttt" else lambda y: y
@@ -259,6 +257,29 @@ def test_linear_presets_do_not_depend_on_the_chunk():
         torch.testing.assert_close(ys[2], ys[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "change, lowest, negative",
+    [({}, 0.0, False), (dict(beta=2.0), -0.9, True), (dict(decay_first=False), -0.9, True)],
+)
+def test_gated_deltanet_keeps_the_sign_of_what_it_holds_unless_told_otherwise(change, lowest, negative):
+    """A token multiplies what the state answers at its key by alpha (1 - beta): in (0, 1) as published, which no parity
+    can be counted with; down to -1 with beta up to 2, or where alpha leaves the delta term alone. At gates of 0 and 1 too."""
+    memory = hope.Memory(hope.MemoryConfig.preset("gated-deltanet", d_model=4, n_head=1, conv=0, **change)).double()
+    x, factors = torch.randn(1, 1, 4, dtype=torch.float64), []
+    with torch.no_grad():
+        memory.to_v.weight.zero_()  # nothing is written
+        memory.start["main_0"].normal_()
+        k = unit(memory.to_k(x))[0, 0]
+        for eta, alpha in itertools.product((-20.0, 0.0, 4.0, 20.0), (-1000.0, -4.0, 0.0, 4.0, 20.0)):
+            memory.gates["eta"].bias.fill_(eta)
+            memory.gates["alpha"].bias.fill_(alpha)
+            _, state = memory(x)
+            before, after = memory.start["main_0"][0, 0] @ k, state.main.now[0][0, 0, 0] @ k
+            factors.append(((after @ before) / (before @ before)).item())
+    assert -1 <= min(factors) and max(factors) <= 1 and max(factors) > 0.99
+    assert min(factors) < lowest if negative else min(factors) >= lowest
+
+
 @pytest.mark.parametrize("window", [0, 1, 3])
 def test_attention_is_kernel_regression_over_its_window(window):
     """Eqs. 62 and 63: y_t minimises sum_i s(k_i, q_t) |v_i - y|^2 over the tokens it sees."""
@@ -304,6 +325,16 @@ def test_tokens_that_are_0_do_not_blow_up_gradients(preset):
     assert max(norms) < 5e3 * norms[0]
 
 
+def test_retention_of_0_before_the_delta_term_is_legal():
+    memory = hope.Memory(hope.MemoryConfig.preset("gated-deltanet", d_model=4, n_head=1, conv=0))
+    with torch.no_grad():
+        memory.gates["alpha"].bias.fill_(-1000.0)
+    y, state = memory(torch.randn(1, 5, 4))
+    y.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in memory.parameters() if p.grad is not None)
+    assert 1e-3 < state.main.now[0].abs().max() < 10
+
+
 def test_bad_configurations_say_what_is_allowed():
     for fields, message in (
         (dict(rule="sgd"), "rule is 'sgd'; allowed: gd, dgd"),
@@ -313,6 +344,7 @@ def test_bad_configurations_say_what_is_allowed():
         (dict(decay="none"), "adaptive names alpha"),
         (dict(project=False), "set n_head=1"),
         (dict(conv=-1), "neither can be negative"),
+        (dict(beta=3.0), "beta is 3.0; it must be above 0 and at most 2"),
         (dict(spread=-1.0), "spread is -1.0; it cannot be negative"),
     ):
         with pytest.raises(ValueError, match=message):
