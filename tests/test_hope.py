@@ -214,9 +214,13 @@ def test_observe_with_gradients_equals_observe_without():
         torch.testing.assert_close(p.grad, g)
 
 
-def test_training_at_a_high_rate_stays_finite_and_bounded():
+@pytest.mark.parametrize(
+    "arch", ["hope", "titans", *(pytest.param(a, marks=pytest.mark.slow) for a in ("ttt", "dla", "gated-deltanet"))]
+)
+def test_training_at_a_high_rate_stays_finite_and_bounded(arch):
     torch.manual_seed(0)
-    config = small_config(vocab_size=32, d_model=32, n_head=2, cms=(32, 64, INF), chunk=16, chunk_proj=16)
+    cms = (32, 64, INF) if arch == "hope" else (INF,)
+    config = small_config(arch, vocab_size=32, d_model=32, n_head=2, cms=cms, chunk=16, chunk_proj=16)
     model = hope.Hope(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     g = torch.Generator().manual_seed(0)
