@@ -257,7 +257,8 @@ def memory(preset, **change):
     [
         ("hope", dict(n_head=2), ()),
         ("hope", dict(chunk_proj=4, read="after"), (3, 4)),
-        ("hope", dict(adaptive=("k", "v", "q", "eta", "alpha"), read="chunk", objective="dot"), (9,)),
+        ("hope", dict(adaptive=("k", "v", "q", "eta", "alpha"), read="chunk", objective="l2"), (9,)),
+        ("hope", dict(origin="zero", own_input=False), (5,)),
         ("hope", dict(depth=1, adaptive=("q", "alpha"), value_norm=False), (5,)),
         ("hope", dict(self_values=False, adaptive=(), expand=2), ()),
         ("titans", dict(n_head=2), (2,)),

@@ -66,13 +66,14 @@ def scan_call(m: hope.MemoryConfig, precision: str):
     static = set("kvq") - set(m.adaptive)
     none = {name.upper() for name in "kvq" if name not in static} | (set() if m.adaptive else {"U"})
     none |= set() if m.depth == 2 else {"W1", "m1", "A1"}
+    none |= set() if m.depth == 2 and m.origin == "start" else {"S2"}
     none |= set() if m.momentum else {"theta", "m2", "m1"}
     none |= set() if m.self_values and m.value_norm else {"scale"}
     for name in ("eta", "alpha"):
         none |= {name} if name in m.adaptive else {f"{name}_read", f"{name}_bias"}
     constants = dict(
         L2=m.objective == "l2", STEP=m.step, SELF_VALUES=m.self_values, QK_NORM=m.qk_norm, NORM=m.memory_norm, EMA=True,
-        DELTA=m.rule == "dgd", READ=m.read, CHUNK=m.chunk, CHUNK_PROJ=m.chunk_proj, BC=16, BE=64, BI=16, PRECISION=precision,
+        DELTA=m.rule == "dgd", HIDDEN_RATE=m.hidden_rate, READ=m.read, CHUNK=m.chunk, CHUNK_PROJ=m.chunk_proj, BC=16, BE=64, BI=16, PRECISION=precision,
     )  # fmt: skip
     fn = kernels._memory_scan
     return "memory_scan", fn, arguments(fn, none, constants), constants["BE"] // 16, 1
@@ -88,7 +89,7 @@ def newton_schulz_calls(precision: str):
 def arguments(fn, none: set, constants: dict) -> dict:
     """Of a kernel: constants, None, int32 for numbers, and pointers to float32, or int64 for `at`."""
     numbers = (
-        "c blocks memories readers row_blocks O I E H t0 length heads adaptive u_row x_row d_row k_row v_row q_row"
+        "c blocks memories readers row_blocks O I E H t0 length heads adaptive u_next u_row x_row d_row k_row v_row q_row"
     )
     args = {k: "i32" if k in numbers.split() else "*i64" if k == "at" else "*fp32" for k in fn.arg_names}
     constant = {fn.arg_names[n] for n in fn.constexprs}
