@@ -1,13 +1,13 @@
-"""The inner loops of Nested Learning: each as the plain PyTorch that defines it, then as Triton kernels that compute the same.
+"""The inner loops of Nested Learning: the plain PyTorch that defines each, then Triton kernels that compute the same.
 
-    dgd_chunk       the recurrence of every parametric memory inside a chunk: delta gradient descent (eq. 88) with retention
-                    and momentum, all tokens at once, without a loop; `dgd_loop` is its specification, token by token
+    dgd_chunk       delta gradient descent (eq. 88) with retention and momentum, as every parametric memory runs it
+                    inside a chunk: all tokens at once, without a loop. `dgd_loop` is its specification, token by token
     chunk_gates     what the gates of a chunk make of its writes
     newton_schulz   orthogonalises the momentum of Muon and M3
     memory_scan     all chunks of a memory layer in one launch, for inputs without gradients; `hope.Memory` defines it
     uses_triton     which of the two runs: Triton on GPUs, unless HOPE_KERNELS or `using` says otherwise; `scans`
 
-Read down to `newton_schulz` to know what is computed, and go on to hope.py, which calls it. The rest of the file is how a GPU
+Read down to `newton_schulz` to know what is computed, and go on to hope.py, which calls it. The rest is how a GPU
 does it: `dgd_chunk` in Triton, forward and backward, then `memory_scan`, then Newton-Schulz.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial, reduce
@@ -67,8 +68,8 @@ def _segment_products(a: Tensor) -> Tensor:
 
 
 def chunk_gates(alpha: Tensor, theta: Tensor | None, ema: bool = False) -> Gates:
-    """`Gates` of alpha and theta, each (..., c), in float32 at least. With `ema` a write enters the momentum with weight
-    1 - theta, which makes it an average of the last gradients, not their sum."""
+    """`Gates` of alpha and theta, each (..., c), in float32 at least. With `ema` a write enters the momentum with
+    weight 1 - theta, which makes it an average of the last gradients, not their sum."""
     alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     retain = _segment_products(alpha)
     gamma, decay = retain[..., :, 0], retain[..., :, 1:]
@@ -93,22 +94,10 @@ class _Rule(NamedTuple):
 
 
 def dgd_chunk(
-    M: Tensor,
-    X: Tensor,
-    D: Tensor,
-    eta: Tensor,
-    alpha: Tensor,
-    *,
-    m: Tensor | None = None,
-    theta: Tensor | None = None,
-    Q: Tensor | None = None,
-    inclusive: bool = False,
-    delta: bool = True,
-    gates: Gates | None = None,
-    MX: Tensor | None = None,
-    readers: int | None = None,
-    ema: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    M: Tensor, X: Tensor, D: Tensor, eta: Tensor, alpha: Tensor, *, m: Tensor | None = None,
+    theta: Tensor | None = None, Q: Tensor | None = None, inclusive: bool = False, delta: bool = True,
+    gates: Gates | None = None, MX: Tensor | None = None, readers: int | None = None, ema: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Delta gradient descent over one chunk (eq. 88; with momentum where `theta` is given), exact and loop-free.
 
     For t = 1..c, with x_t, d_t, q_t the rows of X, D, Q:
@@ -131,8 +120,8 @@ def dgd_chunk(
         ema: a write enters the momentum with weight 1 - theta.
 
     Leading dimensions broadcast, and any of them, c, o, i may be 0. Everything is differentiable. Tensors may be of any
-    floating types: all is computed, and returned, in the widest of them, float32 at least. ValueError for shapes that do
-    not fit and for other types.
+    floating types: all is computed, and returned, in the widest of them, float32 at least. ValueError for shapes that
+    do not fit and for other types.
 
     Returns:
         (M, m, R): memory and momentum after the chunk (m is None without `theta`), and the reads (..., c, o),
@@ -192,7 +181,7 @@ class _Layout(NamedTuple):
 
 
 def _reference(M, m, X, D, Q, eta, alpha, theta, rule: _Rule, gates: Gates | None = None, MX: Tensor | None = None):
-    """`dgd_chunk` in plain PyTorch. What is left of the state at the start is here, what the chunk writes in `_writes`."""
+    """`dgd_chunk` in plain PyTorch: what is left of the state at the start. What the chunk writes is in `_writes`."""
     tensors = [z for z in (M, m, X, D, Q, eta, alpha, theta) if z is not None]
     dtype = reduce(torch.promote_types, {z.dtype for z in tensors}, torch.float32)
     to = lambda z: None if z is None else z.to(dtype)
@@ -223,8 +212,8 @@ def _reference(M, m, X, D, Q, eta, alpha, theta, rule: _Rule, gates: Gates | Non
 
 
 def _writes(M_left, m_left, at_X, at_Q, X, D, eta, Q, decay, gain, keep, layout: _Layout):
-    """A chunk's writes, and what is read of them, on top of what is left of the start: of memory and momentum at the end,
-    of their reads at X and Q. In the letters of `Gates`, with  Xe = eta X,  S = X Xe^T  and  S_Q = Q Xe^T,  row by row:
+    """A chunk's writes, and what is read of them, on top of what is left of the start: of memory and momentum at the
+    end, of their reads at X and Q. In the letters of `Gates`, with  Xe = eta X,  S = X Xe^T,  S_Q = Q Xe^T,  by rows:
 
         (1 + D S) P = at_X - (D T  S) Delta                   p_t = M_{t-1} x_t; D S and D T S entry by entry
         V = D_c P + (D T)_c Delta                             what is written at every token, as M has it at the end
@@ -399,7 +388,9 @@ def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False
     return M, m if momentum else None, torch.stack(reads, -2) if reads else None
 
 
-# Quintic a s + b s^3 + c s^5, found by search: steepest at 0 among those that end in [0.7, 1.2] though every step is 2% off.
+# One step takes a singular value s to a s + b s^3 + c s^5 with these a, b, c. They were searched for: of all triples
+# that bring s into [0.7, 1.2] in five steps, though rounding changes every step by 2%, these raise small s the fastest
+# (a is largest).
 NEWTON_SCHULZ = (3.457, -5.065, 2.323)
 
 
@@ -414,7 +405,7 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
         G: (..., m, n), of any scale: it is divided by its largest entry before it is squared.
         dtype: what to compute in; by default float64 for float64, else bfloat16 on GPUs and float32 on CPUs.
 
-    Returns (..., m, n) of G's dtype; not finite where G is not. ValueError for less than two dimensions or one step, and
+    Returns (..., m, n) of G's dtype; not finite where G is not. ValueError for less than two dimensions or one step, or
     for numbers that are not real.
     """
     if not G.dtype.is_floating_point:
@@ -504,8 +495,8 @@ def _fall_back(why: str) -> None:
 
 
 def _suits(*tensors: Tensor | None) -> bool:
-    """Whether `dgd_chunk`'s kernels take these M, X, ...; a warning, once, says why not."""
-    M, X = tensors[:2]
+    """Whether `dgd_chunk`'s kernels take these M, m, X, ...; a warning, once, says why not."""
+    M, _, X = tensors[:3]
     wrong = {z.dtype for z in tensors if z is not None} - {torch.float32, torch.bfloat16, torch.float16}
     why = None
     if wrong:
@@ -523,16 +514,50 @@ def _on(device: torch.device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# `dgd_chunk` in Triton. The reference solves one c x c system for a chunk; a kernel goes through the chunk in blocks
-# of BC tokens: a block's system is BC x BC, solved by forward substitution, and what earlier blocks contribute
-# arrives through the memory. Rows of a memory do not depend on each other, so a program has BO of them; one launch
-# covers all sequences, heads, memories and blocks of rows. The memory passes through registers in tiles of BI columns
-# and rests in the cache; gates become BC x BC products in registers. A block is padded to BC tokens that change
-# nothing: eta = 0, x = d = q = 0 and gates 1. Tokens are the last axis of all tiles: x, q (BI, BC), d, p, r (BO, BC),
-# scores and gates [s, t] for a write at s and time t. The compiler stacks the warps of chained products along the
-# first axis: with tokens there, every warp would hold whole memories. Loops keep what does not change in them where
-# it is (`disable_licm`), and barriers separate products: both keep the compiler from holding too much at once, and
-# nothing spills.
+# `dgd_chunk` in Triton.
+#
+# Work: the reference solves one c x c system for a chunk. A kernel goes through the chunk in blocks of BC tokens: a
+# block's system is BC x BC, solved by forward substitution, and earlier blocks act through the memory, which they have
+# written. Rows of a memory do not depend on each other: a program has BO of them, and one launch has all sequences,
+# heads, memories and blocks of rows. A memory stays in the cache and passes through registers in tiles of BI columns.
+#
+# Tiles: tokens are the last axis of all: x, q (BI, BC), d, p, r (BO, BC); scores and gates (BC, BC) are [s, t] for a
+# write at s and time t. (The compiler gives each warp a share of a product's first axis and all of its last: with
+# tokens first, each warp would hold whole memories.) A block is padded to BC tokens that change nothing: eta = 0, x = d
+# = q = 0, gates 1.
+#
+# Registers: a thread has 255, and what does not fit spills to memory. Hence `disable_licm`, which computes again in
+# each turn of a loop what would else be held throughout, and a barrier between products, over which none is begun
+# early. Barriers also stand, by necessity, wherever threads of a program read or overwrite what others of them wrote or
+# read.
+
+BC = constexpr(16)  # tokens in a block
+BI = constexpr(16)  # columns in a tile of a memory
+
+# What a block of tokens keeps in global memory: squares (BC, BC), then lines (BC,); the size in numbers.
+FORWARD_SQUARES, BACKWARD_SQUARES = constexpr(4), constexpr(5)
+FORWARD_WORK = (FORWARD_SQUARES * BC + 8) * BC  # see `_put_gates`
+BACKWARD_WORK = (BACKWARD_SQUARES * BC + 9) * BC  # see `_chunk_backward_tokens`
+
+# Tokens in memory from p on: `size` numbers each, `row` numbers from the beginning of one to that of the next.
+_Stream = namedtuple("_Stream", "p row size")
+# The gates of a block, (BC,), and their products: before each, after each (0 for padding), of all, and (BC, BC) between
+# s and t, both left out, 0 for s >= t.
+_Decays = namedtuple("_Decays", "now before after all between")
+# What a read at t has of the start's M (before) and m (gain_m), (BC,), and of writes p (between) and d (gain), (BC,
+# BC).
+_Reads = namedtuple("_Reads", "before gain_m between gain")
+# What a block's end has: M of the start's M (all) and m (gain_m) and of writes p (after) and d (gain), (BC,); m of the
+# start's m (keep_m) and of writes d (keep).
+_End = namedtuple("_End", "all gain_m keep_m after gain keep")
+# The `_Decays` of alpha and theta; the `_Reads` before the write at t; the `_End`; what m has at t of a write at s (BC,
+# BC) and of the start's m (BC,); the weight of a write as it enters m. Without momentum a write d reaches M at once, as
+# p does, and what belongs to the momentum are placeholders.
+_BlockGates = namedtuple("_BlockGates", "alpha theta reads end in_m start_in_m weight")
+# A block of tokens for rows o of one memory when its gradients go on to X, Q and the gates: the streams (p and dz are
+# None without the delta term, q and dr without queries), the states at its start, the gradients of those at its end (m
+# and end_m are None without momentum).
+_Saved = namedtuple("_Saved", "x d p dz q dr read step M m end end_m work left o")
 
 
 @jit
@@ -562,119 +587,168 @@ def _store_matrix(p, value, o, i, O, I):
 
 
 @jit
-def _tokens(p, row, t, i, c, I):
-    """Load a block of tokens in float32, (I, BC); a token is `row` numbers after the one before it; 0 outside."""
-    mask = (i < I)[:, None] & (t < c)[None, :]
-    return tl.load(p + t[None, :] * row + i[:, None], mask=mask, other=0.0).to(tl.float32)
+def _tokens(x, i, left):
+    """Load numbers i of a block of tokens of the stream x in float32, (i, BC); 0 outside and from token `left` on."""
+    t = tl.arange(0, BC)
+    mask = (i < x.size)[:, None] & (t < left)[None, :]
+    return tl.load(x.p + t[None, :] * x.row + i[:, None], mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
-def _store_tokens(p, value, row, t, i, c, I):
-    mask = (i < I)[:, None] & (t < c)[None, :]
-    tl.store(p + t[None, :] * row + i[:, None], value, mask=mask)
+def _store_tokens(x, value, i, left):
+    t = tl.arange(0, BC)
+    mask = (i < x.size)[:, None] & (t < left)[None, :]
+    tl.store(x.p + t[None, :] * x.row + i[:, None], value, mask=mask)
 
 
 @jit
-def _decays(gate, t, c):
-    """Of the gates (BC,) of a block: themselves, and their products before t, after t, of all, and between s and t."""
-    now = tl.load(gate + t, mask=t < c, other=1.0).to(tl.float32)
-    last = tl.load(gate + t - 1, mask=(t > 0) & (t <= c), other=1.0).to(tl.float32)
-    next = tl.load(gate + t + 1, mask=t + 1 < c, other=1.0).to(tl.float32)
-    between = tl.cumprod(tl.where(t[None, :] > t[:, None] + 1, last[None, :], 1.0), 1)
-    between = tl.where(t[None, :] > t[:, None], between, 0.0)
-    before, after = tl.cumprod(last, 0), tl.cumprod(next, 0, reverse=True)
-    everything = tl.sum(tl.where(t == 0, after * now, 0.0))
-    return now, before, tl.where(t < c, after, 0.0), everything, between
+def _steps(eta, left):
+    t = tl.arange(0, BC)
+    return tl.load(eta + t, mask=t < left, other=0.0).to(tl.float32)
 
 
 @jit
-def _gates(alpha, theta, t, c, EMA: tl.constexpr, PRECISION: tl.constexpr):
-    """`_decays` of alpha; then what momentum makes of a write: what M has of it before t (BC, BC) and at the block's end
-    (BC,), the same of the start momentum, what m has of it at the end, and of the start momentum; then what m has of it
-    at t (BC, BC) and of the start momentum at t (BC,), the weights of writes, and `_decays` of theta.
+def _square(work, k):
+    """Load the k-th square of a block's work."""
+    t = tl.arange(0, BC)
+    return tl.load(work + k * BC * BC + t[:, None] * BC + t[None, :])
 
-    Without momentum a write reaches M at once, and the rest are placeholders.
-    """
-    now, before, after, everything, between = _decays(alpha, t, c)
-    gain, gain_end, gain_m, gain_m_end, keep, keep_m = between, after, before, everything, after, everything
-    N, start, weight, th_now, th_before, th_after, th_between = between, now, now, now, now, now, between
+
+@jit
+def _put_square(work, k, value):
+    t = tl.arange(0, BC)
+    tl.store(work + k * BC * BC + t[:, None] * BC + t[None, :], value)
+
+
+@jit
+def _line(work, squares, k):
+    """Where the k-th line of a block's work is, which follows its squares."""
+    return work + squares * BC * BC + k * BC + tl.arange(0, BC)
+
+
+@jit
+def _diagonal():
+    t = tl.arange(0, BC)
+    return t[:, None] == t[None, :]
+
+
+@jit
+def _decays(gate, left):
+    s, t = tl.arange(0, BC)[:, None], tl.arange(0, BC)[None, :]
+    line = tl.arange(0, BC)
+    now = tl.load(gate + line, mask=line < left, other=1.0).to(tl.float32)
+    last = tl.load(gate + line - 1, mask=(line > 0) & (line <= left), other=1.0).to(tl.float32)
+    coming = tl.load(gate + line + 1, mask=line + 1 < left, other=1.0).to(tl.float32)
+    between = tl.cumprod(tl.where(t > s + 1, last[None, :], 1.0), 1)
+    between = tl.where(t > s, between, 0.0)
+    before, after = tl.cumprod(last, 0), tl.cumprod(coming, 0, reverse=True)
+    product = tl.sum(tl.where(line == 0, after * now, 0.0))
+    return _Decays(now, before, tl.where(line < left, after, 0.0), product, between)
+
+
+@jit
+def _gates(alpha, theta, left, EMA: tl.constexpr, PRECISION: tl.constexpr):
+    """The `_BlockGates` of a block."""
+    a = _decays(alpha, left)
+    th, reads, end = (
+        a,
+        _Reads(a.before, a.before, a.between, a.between),
+        _End(a.all, a.all, a.all, a.after, a.after, a.after),
+    )
+    in_m, start_in_m, weight = a.between, a.now, a.now
     if theta is not None:
-        th_now, th_before, th_after, keep_m, th_between = _decays(theta, t, c)
-        weight = 1.0 - th_now if EMA else tl.full(th_now.shape, 1.0, tl.float32)
-        keep, start = th_after * weight, th_now * th_before
-        N = tl.where(t[:, None] == t[None, :], 1.0, th_now[None, :] * th_between) * weight[:, None]
-        gain, gain_end = _dot(N, between, PRECISION), tl.sum(N * after[None, :], 1)
-        gain_m, gain_m_end = tl.sum(start[:, None] * between, 0), tl.sum(after * start)
-    return (
-        now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m,
-        N, start, weight, th_now, th_before, th_after, th_between,
-    )  # fmt: skip
+        th = _decays(theta, left)
+        weight = 1.0 - th.now if EMA else tl.full((BC,), 1.0, tl.float32)
+        start_in_m = th.now * th.before
+        in_m = tl.where(_diagonal(), 1.0, th.now[None, :] * th.between) * weight[:, None]
+        start_seen = tl.sum(start_in_m[:, None] * a.between, 0)
+        reads = _Reads(a.before, start_seen, a.between, _dot(in_m, a.between, PRECISION))
+        gain = tl.sum(in_m * a.after[None, :], 1)
+        end = _End(a.all, tl.sum(a.after * start_in_m), th.all, a.after, gain, th.after * weight)
+    return _BlockGates(a, th, reads, end, in_m, start_in_m, weight)
 
 
 @jit
-def _after_write(now, before, between, gain, gain_m, N, start, theta, t):
-    """before, between, gain, gain_m as reads after the write at t see them: alpha_t times what there was, and the write."""
-    between = now[None, :] * between + tl.where(t[:, None] == t[None, :], 1.0, 0.0)
-    return now * before, between, between if theta is None else now[None, :] * gain + N, now * gain_m + start
-
-
-@jit
-def _put_gates(to, alpha, theta, t, c, EMA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr):
-    """What `_block` needs of `_gates`, into memory, (4 BC + 8, BC): made once for a block of tokens and kept out of
-    registers. What reads need stands apart where it is something else."""
-    gates = _gates(alpha, theta, t, c, EMA, PRECISION)
-    now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[:13]
-    BC: tl.constexpr = t.shape[0]
-    line = to + 4 * BC * BC + t
-    tl.store(line, before)
-    tl.store(line + BC, gain_m)
-    tl.store(line + 4 * BC, after)
-    tl.store(line + 5 * BC, gain_end)
-    tl.store(line + 6 * BC, keep)
-    tl.store(line + 7 * BC, tl.where(t == 0, everything, tl.where(t == 1, gain_m_end, keep_m)))
-    _store_matrix(to, between, t, t, BC, BC)
-    _store_matrix(to + BC * BC, gain, t, t, BC, BC)
+def _reads_of_queries(g, theta, INCLUSIVE: tl.constexpr):
+    """The `_Reads` of queries: `INCLUSIVE` ones see alpha_t times what there was before the write at t, and it."""
+    reads = g.reads
     if INCLUSIVE:
-        before, between, gain, gain_m = _after_write(now, before, between, gain, gain_m, N, start, theta, t)
-        tl.store(line + 2 * BC, before)
-        tl.store(line + 3 * BC, gain_m)
-        _store_matrix(to + 2 * BC * BC, between, t, t, BC, BC)
-        _store_matrix(to + 3 * BC * BC, gain, t, t, BC, BC)
+        now, seen = g.alpha.now, g.reads
+        between = now[None, :] * seen.between + tl.where(_diagonal(), 1.0, 0.0)
+        gain = between if theta is None else now[None, :] * seen.gain + g.in_m
+        reads = _Reads(now * seen.before, now * seen.gain_m + g.start_in_m, between, gain)
+    return reads
+
+
+@jit
+def _put_gates(work, alpha, theta, left, EMA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr):
+    """What `_block` needs of `_gates`, into memory: made once for a block of tokens and kept out of registers.
+
+    Squares: between and gain of reads at x, and from 2 on of queries, where INCLUSIVE makes them something else.
+    Lines: before and gain_m of both alike; after, gain and keep of the end; its three scalars.
+    """
+    g, t = _gates(alpha, theta, left, EMA, PRECISION), tl.arange(0, BC)
+    _put_reads(work, 0, g.reads)
+    if INCLUSIVE:
+        _put_reads(work, 2, _reads_of_queries(g, theta, INCLUSIVE))
+    tl.store(_line(work, FORWARD_SQUARES, 4), g.end.after)
+    tl.store(_line(work, FORWARD_SQUARES, 5), g.end.gain)
+    tl.store(_line(work, FORWARD_SQUARES, 6), g.end.keep)
+    scalars = tl.where(t == 0, g.end.all, tl.where(t == 1, g.end.gain_m, g.end.keep_m))
+    tl.store(_line(work, FORWARD_SQUARES, 7), scalars)
     tl.debug_barrier()
 
 
 @jit
-def _inverse(A, t):
+def _put_reads(work, k, reads):
+    _put_square(work, k, reads.between)
+    _put_square(work, k + 1, reads.gain)
+    tl.store(_line(work, FORWARD_SQUARES, k), reads.before)
+    tl.store(_line(work, FORWARD_SQUARES, k + 1), reads.gain_m)
+
+
+@jit
+def _end_of(work):
+    """The `_End` that `_put_gates` left."""
+    scalars = work + FORWARD_SQUARES * BC * BC + 7 * BC
+    after, gain = tl.load(_line(work, FORWARD_SQUARES, 4)), tl.load(_line(work, FORWARD_SQUARES, 5))
+    keep = tl.load(_line(work, FORWARD_SQUARES, 6))
+    return _End(tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2), after, gain, keep)
+
+
+@jit
+def _inverse(A):
     """(1 + A)^-1 for A (BC, BC) strictly upper triangular, by substitution, a token after the other."""
-    T, A_T = tl.where(t[:, None] == t[None, :], 1.0, 0.0), tl.trans(A)
-    for token in tl.range(1, A.shape[0], disable_licm=True):
-        here = t[None, :] == token
-        row = tl.sum(tl.where(t[:, None] == token, A_T, 0.0), 0)
-        T = tl.where(here, T - tl.sum(T * row[None, :], 1)[:, None], T)
+    s, t = tl.arange(0, BC)[:, None], tl.arange(0, BC)[None, :]
+    T, A_T = tl.where(s == t, 1.0, 0.0), tl.trans(A)
+    for token in tl.range(1, BC, disable_licm=True):
+        row = tl.sum(tl.where(s == token, A_T, 0.0), 0)
+        T = tl.where(t == token, T - tl.sum(T * row[None, :], 1)[:, None], T)
     return T
 
 
 @jit
-def _write(M, m, X, step, d, p, left_at_end, t, o, left, O, I, row,
-           to_M, to_m, BI: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A block of writes: rows o of memory M and momentum m, tile by tile, into to_M and to_m."""
-    after, everything, gain_end, gain_m_end, keep, keep_m = left_at_end
-    writes = gain_end[None, :] * d
+def _write(M, m, x, step, d, p, end, o, left, O, to_M, to_m, PRECISION: tl.constexpr):
+    """A block of writes: rows o of memory M and momentum m, tile by tile, into to_M and to_m, which may be M and m."""
+    writes = end.gain[None, :] * d
     if p is not None:
-        writes += after[None, :] * p
-    for i0 in tl.range(0, I, BI, disable_licm=True):
+        writes += end.after[None, :] * p
+    for i0 in tl.range(0, x.size, BI, disable_licm=True):
         i = i0 + tl.arange(0, BI)
-        xe = tl.trans(_tokens(X, row, t, i, left, I) * step[None, :])
-        w = everything * _matrix(M, o, i, O, I) - _dot(writes, xe, PRECISION)
+        xe = tl.trans(_tokens(x, i, left) * step[None, :])
+        w = end.all * _matrix(M, o, i, O, x.size) - _dot(writes, xe, PRECISION)
         if m is not None:
-            w_m = _matrix(m, o, i, O, I)
-            w += gain_m_end * w_m
-            _store_matrix(to_m, keep_m * w_m - _dot(keep[None, :] * d, xe, PRECISION), o, i, O, I)
-        _store_matrix(to_M, w, o, i, O, I)
+            w_m = _matrix(m, o, i, O, x.size)
+            w += end.gain_m * w_m
+            w_m = end.keep_m * w_m - _dot(end.keep[None, :] * d, xe, PRECISION)
+        tl.debug_barrier()
+        _store_matrix(to_M, w, o, i, O, x.size)
+        if m is not None:
+            _store_matrix(to_m, w_m, o, i, O, x.size)
 
 
 @jit
-def _copy(to, M, o, O, I, BI: tl.constexpr):
+def _copy(to, M, o, O, I):
     """Rows o of a matrix, or zeros if M is None."""
     for i0 in tl.range(0, I, BI):
         i = i0 + tl.arange(0, BI)
@@ -690,156 +764,149 @@ def _reader(n, memories, readers):
 
 
 @jit
+def _read(M, m, x, at, step, d, work, k, o, left, INVERT: tl.constexpr, PRECISION: tl.constexpr):
+    """With the gates from square and line k on, and S = (step x) at^T:  before M at^T + gain_m m at^T - d (gain S),
+    which is a read at the tokens `at` but for what p adds,  -p (between S);  and A = between S, or (1 + A)^-1."""
+    O = d.size
+    y, S = tl.zeros((o.shape[0], BC), tl.float32), tl.zeros((BC, BC), tl.float32)
+    y_m = y
+    for i0 in tl.range(0, x.size, BI, disable_licm=True):
+        i = i0 + tl.arange(0, BI)
+        z = _tokens(at, i, left)
+        S += _dot(tl.trans(_tokens(x, i, left) * step[None, :]), z, PRECISION)
+        y += _dot(_matrix(M, o, i, O, x.size), z, PRECISION)
+        if m is not None:
+            y_m += _dot(_matrix(m, o, i, O, x.size), z, PRECISION)
+    tl.debug_barrier()
+    A = _square(work, k) * S
+    if INVERT:  # here and not later: the order decides how much registers hold
+        A = _inverse(A)
+    gain = _square(work, k + 1)
+    y = tl.load(_line(work, FORWARD_SQUARES, k))[None, :] * y - _dot(_tokens(d, o, left), gain * S, PRECISION)
+    if m is not None:
+        y += tl.load(_line(work, FORWARD_SQUARES, k + 1))[None, :] * y_m
+    return y, A
+
+
+@jit
 def _block(
-    M, m, X, x_row, D, d_row, Q, q_row, read, step, gates, t, o, left, O, I, P, BI: tl.constexpr,
+    M, m, x, d, q, read, step, work, o, left, to_p,
     DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens for rows o of one memory. With `gates` of `_put_gates`, Y = M X^T and S = (step X) X^T of the
-    block,  p = (before Y - d (gain S)) (1 + between S)^-1;  a read is the same sum at q, with p; `_write` ends the block.
+    """A block of tokens for rows o of one memory, with the gates that `_put_gates` left in `work`: p solves
+    p (1 + between S) = `_read` at x;  r is the read at q;  `_write` ends the block.
 
-    Writes M and m in place, p to P if there is one; returns r (BO, BC), zeros unless `read`.
+    Writes M and m in place, p to the stream to_p if there is one; returns r (BO, BC), zeros unless `read`.
     """
-    BC: tl.constexpr = t.shape[0]
-    line = gates + 4 * BC * BC + t
-    zero = tl.zeros((o.shape[0], BC), tl.float32)
-    r, p = zero, None
+    r, p = tl.zeros((o.shape[0], BC), tl.float32), None
     if DELTA:
-        y, y_m, scores = zero, zero, tl.zeros((BC, BC), tl.float32)
-        for i0 in tl.range(0, I, BI, disable_licm=True):
-            i = i0 + tl.arange(0, BI)
-            x = _tokens(X, x_row, t, i, left, I)
-            scores += _dot(tl.trans(x * step[None, :]), x, PRECISION)
-            y += _dot(_matrix(M, o, i, O, I), x, PRECISION)
-            if m is not None:
-                y_m += _dot(_matrix(m, o, i, O, I), x, PRECISION)
+        y, inverse = _read(M, m, x, x, step, d, work, 0, o, left, True, PRECISION)
+        p = _dot(y, inverse, PRECISION)
+        if to_p is not None:
+            _store_tokens(to_p, p, o, left)
         tl.debug_barrier()
-        inverse = _inverse(_matrix(gates, t, t, BC, BC) * scores, t)
-        gain = _matrix(gates + BC * BC, t, t, BC, BC)
-        p = tl.load(line)[None, :] * y - _dot(_tokens(D, d_row, t, o, left, O), gain * scores, PRECISION)
-        if m is not None:
-            p += tl.load(line + BC)[None, :] * y_m
-        p = _dot(p, inverse, PRECISION)
-        if P is not None:
-            _store_tokens(P, p, O, t, o, left, O)
+    if q is not None and read:
+        r, A = _read(M, m, x, q, step, d, work, 2 if INCLUSIVE else 0, o, left, False, PRECISION)
+        if DELTA:
+            r -= _dot(p, A, PRECISION)
         tl.debug_barrier()
-    if Q is not None:
-        if read:
-            r_m, scores = zero, tl.zeros((BC, BC), tl.float32)
-            for i0 in tl.range(0, I, BI, disable_licm=True):
-                i = i0 + tl.arange(0, BI)
-                q = _tokens(Q, q_row, t, i, left, I)
-                scores += _dot(tl.trans(_tokens(X, x_row, t, i, left, I) * step[None, :]), q, PRECISION)
-                r += _dot(_matrix(M, o, i, O, I), q, PRECISION)
-                if m is not None:
-                    r_m += _dot(_matrix(m, o, i, O, I), q, PRECISION)
-            tl.debug_barrier()
-            for_q: tl.constexpr = 2 if INCLUSIVE else 0
-            gain = _matrix(gates + (for_q + 1) * BC * BC, t, t, BC, BC)
-            r = tl.load(line + for_q * BC)[None, :] * r - _dot(
-                _tokens(D, d_row, t, o, left, O), gain * scores, PRECISION
-            )
-            if m is not None:
-                r += tl.load(line + (for_q + 1) * BC)[None, :] * r_m
-            if DELTA:
-                r -= _dot(p, _matrix(gates + for_q * BC * BC, t, t, BC, BC) * scores, PRECISION)
-            tl.debug_barrier()
-    scalars = gates + (4 * BC + 7) * BC
-    everything, gain_m_end, keep_m = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
-    left_at_end = tl.load(line + 4 * BC), everything, tl.load(line + 5 * BC), gain_m_end, tl.load(line + 6 * BC), keep_m
-    d = _tokens(D, d_row, t, o, left, O)
-    _write(M, m, X, step, d, p, left_at_end, t, o, left, O, I, x_row, M, m, BI, PRECISION)
+    _write(M, m, x, step, _tokens(d, o, left), p, _end_of(work), o, left, d.size, M, m, PRECISION)
     return r
 
 
 @jit
 def _chunk_forward(
-    M, m, X, D, Q, eta, alpha, theta, at, M_end, m_end, R, P, work, c, memories, readers, x_row, d_row, q_row,
-    O, I, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
+    M, m, X, D, Q, eta, alpha, theta, at, M_end, m_end, R, P, work, c, memories, readers, x_row, d_row, q_row, O, I,
+    BO: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dgd_chunk`: block of tokens by block, what `_block` says. Grid (memories in all, blocks of rows); at: (n, 8), where
     each one's part of the eight inputs begins; P only if there is a backward pass to come."""
     n = tl.program_id(0).to(tl.int64)
     read, n_read = _reader(n, memories, readers)
     at += n * 8
-    t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
     X, D, eta = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5)
     M_end += n * O * I
-    _copy(M_end, M + tl.load(at), o, O, I, BI)
+    _copy(M_end, M + tl.load(at), o, O, I)
     if theta is not None:
         m_end += n * O * I
-        _copy(m_end, m if m is None else m + tl.load(at + 1), o, O, I, BI)
+        _copy(m_end, m if m is None else m + tl.load(at + 1), o, O, I)
     if Q is not None:
         Q += tl.load(at + 4)
-    work += (n * tl.num_programs(1) + tl.program_id(1)) * ((4 * BC + 8) * BC)
+    work += (n * tl.num_programs(1) + tl.program_id(1)) * FORWARD_WORK
     for s in tl.range(0, c, BC, disable_licm=True):
-        tl.debug_barrier()  # a program's threads read what others of them wrote
+        tl.debug_barrier()
         left = min(BC, c - s)
-        step = tl.load(eta + s + t, mask=t < left, other=0.0).to(tl.float32)
         th = None if theta is None else theta + tl.load(at + 7) + s
-        _put_gates(work, alpha + tl.load(at + 6) + s, th, t, left, EMA, INCLUSIVE, PRECISION)
+        _put_gates(work, alpha + tl.load(at + 6) + s, th, left, EMA, INCLUSIVE, PRECISION)
+        q = None if Q is None else _Stream(Q + s * q_row, q_row, I)
+        p = None if P is None else _Stream(P + (n * c + s) * O, O, O)
         r = _block(
-            M_end, None if theta is None else m_end, X + s * x_row, x_row, D + s * d_row, d_row,
-            None if Q is None else Q + s * q_row, q_row, read, step, work, t, o, left, O, I,
-            None if P is None else P + (n * c + s) * O, BI, DELTA, INCLUSIVE, PRECISION,
+            M_end, m_end, _Stream(X + s * x_row, x_row, I), _Stream(D + s * d_row, d_row, O), q, read,
+            _steps(eta + s, left), work, o, left, p, DELTA, INCLUSIVE, PRECISION,
         )  # fmt: skip
         if Q is not None:
-            _store_tokens(R + (n_read * c + s) * O, r, O, t, o, left * read, O)
+            _store_tokens(_Stream(R + (n_read * c + s) * O, O, O), r, o, left * read)
 
 
 @jit
-def _decays_backward(d_before, d_after, d_everything, d_between, before, after, between, PRECISION: tl.constexpr):
+def _decays_backward(g, d_before, d_after, d_all, d_between, PRECISION: tl.constexpr):
     """Gradient of gates (BC,) from those of their products: a product without one factor is a product of two others, so
     that nothing is divided by a gate, which may be 0."""
-    d = tl.sum(_dot(tl.trans(between), d_between, PRECISION) * between, 1)
-    d += before * tl.sum(between * d_before[None, :], 1)
-    return d + after * (tl.sum(between * d_after[:, None], 0) + d_everything * before)
+    d = tl.sum(_dot(tl.trans(g.between), d_between, PRECISION) * g.between, 1)
+    d += g.before * tl.sum(g.between * d_before[None, :], 1)
+    return d + g.after * (tl.sum(g.between * d_after[:, None], 0) + d_all * g.before)
 
 
 @jit
 def _chunk_states(
-    M, m, X, D, eta, alpha, theta, at, P, states, c, x_row, d_row,
-    O, I, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    EMA: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    M, m, X, D, eta, alpha, theta, at, P, states, c, x_row, d_row, O, I,
+    BO: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The states that blocks of tokens start from, (n, blocks, 2, O, I): what `_block` writes, from P, without a solve."""
     n = tl.program_id(0).to(tl.int64)
     at += n * 8
-    t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
     X, D, eta, alpha = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5), alpha + tl.load(at + 6)
     states += n * tl.cdiv(c, BC) * (2 * O * I)
-    _copy(states, M + tl.load(at), o, O, I, BI)
+    _copy(states, M + tl.load(at), o, O, I)
     if theta is not None:
         theta += tl.load(at + 7)
-        _copy(states + O * I, m if m is None else m + tl.load(at + 1), o, O, I, BI)
+        _copy(states + O * I, m if m is None else m + tl.load(at + 1), o, O, I)
     for s in tl.range(0, c - BC, BC, disable_licm=True):
         tl.debug_barrier()
-        step = tl.load(eta + s + t).to(tl.float32)
-        g = _gates(alpha + s, None if theta is None else theta + s, t, BC, EMA, PRECISION)
-        d = _tokens(D + s * d_row, d_row, t, o, BC, O)
-        p = _tokens(P + (n * c + s) * O, O, t, o, BC, O) if DELTA else None
+        g = _gates(alpha + s, None if theta is None else theta + s, BC, EMA, PRECISION)
         _write(
-            states, None if theta is None else states + O * I, X + s * x_row, step, d, p,
-            (g[2], g[3], g[6], g[8], g[9], g[10]), t, o, BC, O, I, x_row,
-            states + 2 * O * I, states + 3 * O * I, BI, PRECISION,
+            states, None if theta is None else states + O * I, _Stream(X + s * x_row, x_row, I), _steps(eta + s, BC),
+            _tokens(_Stream(D + s * d_row, d_row, O), o, BC),
+            _tokens(_Stream(P + (n * c + s) * O, O, O), o, BC) if DELTA else None,
+            g.end, o, BC, O, states + 2 * O * I, states + 3 * O * I, PRECISION,
         )  # fmt: skip
         states += 2 * O * I
 
 
 @jit
+def _start_gradient(w, w_m, at, dy, reads, o, i, left, PRECISION: tl.constexpr):
+    """Tiles w, w_m of the gradients of a block's start, with what reads at the tokens `at` with gradient dy add."""
+    x, y = tl.trans(_tokens(at, i, left)), _tokens(dy, o, left)
+    w += _dot(reads.before[None, :] * y, x, PRECISION)
+    if w_m is not None:
+        w_m += _dot(reads.gain_m[None, :] * y, x, PRECISION)
+    return w, w_m
+
+
+@jit
 def _chunk_backward(
-    X, D, Q, eta, alpha, theta, at, P, dR, dM, dm, ends, dD, dZ, work, c, memories, readers,
-    x_row, d_row, q_row,
-    O, I, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
+    X, D, Q, eta, alpha, theta, at, P, dR, dM, dm, ends, dD, dZ, work, c, memories, readers, x_row, d_row, q_row, O, I,
+    BO: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The part of the backward pass that goes from token to token: dM, dm, dD, and dZ (n, c, O), the gradient of what the
     solve turns into P. On the grid of `_chunk_forward`, block of tokens by block from the last one on. In the letters of
-    `_block`, S_q the scores of queries, U = dM (step X)^T and U_m the same of dm:
+    `_read`, with _q for what queries see, _end for the block's end, U = dM (step X)^T and U_m the same of dm:
 
         dz = -(after U + dR (between_q S_q)^T) (1 + between S)^-T
         dd = -gain_end U - keep U_m - dR (gain_q S_q)^T - dz (gain S)^T
-        dM = everything dM + (before dz) X + (before_q dR) Q
+        dM = all dM + (before dz) X + (before_q dR) Q
         dm = keep_m dm + gain_m_end dM + (gain_m dz) X + (gain_m_q dR) Q
 
     dM and dm come as the gradients of the chunk's end and leave as those of its start. Kept for `_chunk_backward_tokens`:
@@ -848,10 +915,10 @@ def _chunk_backward(
     n = tl.program_id(0).to(tl.int64)
     read, n_read = _reader(n, memories, readers)
     at += n * 8
-    t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
     X, D, eta, alpha = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5), alpha + tl.load(at + 6)
     ends += (n + 1) * tl.cdiv(c, BC) * (2 * O * I)
-    work += (n * tl.num_programs(1) + tl.program_id(1) + 1) * tl.cdiv(c, BC) * ((5 * BC + 9) * BC)
+    work += (n * tl.num_programs(1) + tl.program_id(1) + 1) * tl.cdiv(c, BC) * BACKWARD_WORK
     dM += n * O * I
     if theta is not None:
         theta += tl.load(at + 7)
@@ -861,72 +928,61 @@ def _chunk_backward(
     for block in tl.range(0, tl.cdiv(c, BC), disable_licm=True):
         s = (tl.cdiv(c, BC) - 1 - block) * BC
         ends -= 2 * O * I
-        work -= (5 * BC + 9) * BC
-        line = work + 5 * BC * BC + t
+        work -= BACKWARD_WORK
         left = min(BC, c - s)
-        step = tl.load(eta + s + t, mask=t < left, other=0.0).to(tl.float32)
-        gates = _gates(alpha + s, None if theta is None else theta + s, t, left, EMA, PRECISION)
-        now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[:13]
-        u = tl.zeros((BO, BC), tl.float32)  # the gradient of a write at each token, as far as it comes from the end
-        u_m, scores, q_scores = u, tl.zeros((BC, BC), tl.float32), tl.zeros((BC, BC), tl.float32)
+        x = _Stream(X + s * x_row, x_row, I)
+        to_z = None if dZ is None else _Stream(dZ + (n * c + s) * O, O, O)
+        q = None if Q is None else _Stream(Q + s * q_row, q_row, I)
+        dy = None if Q is None else _Stream(dR + (n_read * c + s) * O, O, O)
+        step = _steps(eta + s, left)
+        g = _gates(alpha + s, None if theta is None else theta + s, left, EMA, PRECISION)
+        u = tl.zeros((BO, BC), tl.float32)
+        u_m, S, S_q = u, tl.zeros((BC, BC), tl.float32), tl.zeros((BC, BC), tl.float32)
         for i0 in tl.range(0, I, BI, disable_licm=True):
             i = i0 + tl.arange(0, BI)
-            x = _tokens(X + s * x_row, x_row, t, i, left, I)
-            xe = x * step[None, :]
+            xe = _tokens(x, i, left) * step[None, :]
             u += _dot(_matrix(dM, o, i, O, I), xe, PRECISION)
             if theta is not None:
                 u_m += _dot(_matrix(dm, o, i, O, I), xe, PRECISION)
             if DELTA:
-                scores += _dot(tl.trans(xe), x, PRECISION)
-            if Q is not None:
-                if read:
-                    q_scores += _dot(tl.trans(xe), _tokens(Q + s * q_row, q_row, t, i, left, I), PRECISION)
-        d = _tokens(D + s * d_row, d_row, t, o, left, O)
-        dd = -gain_end[None, :] * u
-        tl.store(line, -tl.sum(d * u, 0))
+                S += _dot(tl.trans(xe), _tokens(x, i, left), PRECISION)
+            if Q is not None and read:
+                S_q += _dot(tl.trans(xe), _tokens(q, i, left), PRECISION)
+        d = _tokens(_Stream(D + s * d_row, d_row, O), o, left)
+        dd = -g.end.gain[None, :] * u
+        tl.store(_line(work, BACKWARD_SQUARES, 0), -tl.sum(d * u, 0))
         if DELTA:
-            dz = -after[None, :] * u
-            tl.store(line + BC, -tl.sum(_tokens(P + (n * c + s) * O, O, t, o, left, O) * u, 0))
+            dz = -g.end.after[None, :] * u
+            p = _tokens(_Stream(P + (n * c + s) * O, O, O), o, left)
+            tl.store(_line(work, BACKWARD_SQUARES, 1), -tl.sum(p * u, 0))
         if theta is not None:
-            dd -= keep[None, :] * u_m
-            tl.store(line + 2 * BC, -tl.sum(d * u_m, 0))
-        before_q, b_q, g_q, gain_m_q = before, between, gain, gain_m
-        if INCLUSIVE:
-            before_q, b_q, g_q, gain_m_q = _after_write(now, before, between, gain, gain_m, N, start, theta, t)
-        if Q is not None:
-            if read:
-                dy = _tokens(dR + (n_read * c + s) * O, O, t, o, left, O)
-                dd -= _dot(dy, tl.trans(g_q * q_scores), PRECISION)
-                if DELTA:
-                    dz -= _dot(dy, tl.trans(b_q * q_scores), PRECISION)
-        if DELTA:  # p = (what a read at x would give without p) T: the gradient of a read with dy = dz
-            dz = _dot(dz, tl.trans(_inverse(between * scores, t)), PRECISION)
-            dd -= _dot(dz, tl.trans(gain * scores), PRECISION)
-            _store_tokens(dZ + (n * c + s) * O, dz, O, t, o, left, O)
-        _store_tokens(dD + (n * c + s) * O, dd, O, t, o, left, O)
+            dd -= g.end.keep[None, :] * u_m
+            tl.store(_line(work, BACKWARD_SQUARES, 2), -tl.sum(d * u_m, 0))
+        reads_q = _reads_of_queries(g, theta, INCLUSIVE)
+        if Q is not None and read:
+            dr = _tokens(dy, o, left)
+            dd -= _dot(dr, tl.trans(reads_q.gain * S_q), PRECISION)
+            if DELTA:
+                dz -= _dot(dr, tl.trans(reads_q.between * S_q), PRECISION)
+        if DELTA:
+            dz = _dot(dz, tl.trans(_inverse(g.reads.between * S)), PRECISION)
+            dd -= _dot(dz, tl.trans(g.reads.gain * S), PRECISION)
+            _store_tokens(to_z, dz, o, left)
+        _store_tokens(_Stream(dD + (n * c + s) * O, O, O), dd, o, left)
         tl.debug_barrier()
         for i0 in tl.range(0, I, BI, disable_licm=True):
             i = i0 + tl.arange(0, BI)
-            end = _matrix(dM, o, i, O, I)
+            end, w_m = _matrix(dM, o, i, O, I), None
             _store_matrix(ends, end, o, i, O, I)
-            w = everything * end
+            w = g.end.all * end
             if theta is not None:
                 end_m = _matrix(dm, o, i, O, I)
                 _store_matrix(ends + O * I, end_m, o, i, O, I)
-                w_m = gain_m_end * end + keep_m * end_m
+                w_m = g.end.gain_m * end + g.end.keep_m * end_m
             if DELTA:
-                x = tl.trans(_tokens(X + s * x_row, x_row, t, i, left, I))
-                dz = _tokens(dZ + (n * c + s) * O, O, t, o, left, O)
-                w += _dot(before[None, :] * dz, x, PRECISION)
-                if theta is not None:
-                    w_m += _dot(gain_m[None, :] * dz, x, PRECISION)
-            if Q is not None:
-                if read:
-                    q = tl.trans(_tokens(Q + s * q_row, q_row, t, i, left, I))
-                    dy = _tokens(dR + (n_read * c + s) * O, O, t, o, left, O)
-                    w += _dot(before_q[None, :] * dy, q, PRECISION)
-                    if theta is not None:
-                        w_m += _dot(gain_m_q[None, :] * dy, q, PRECISION)
+                w, w_m = _start_gradient(w, w_m, x, to_z, g.reads, o, i, left, PRECISION)
+            if Q is not None and read:
+                w, w_m = _start_gradient(w, w_m, q, dy, reads_q, o, i, left, PRECISION)
             tl.debug_barrier()
             _store_matrix(dM, w, o, i, O, I)
             if theta is not None:
@@ -934,183 +990,207 @@ def _chunk_backward(
         tl.debug_barrier()
 
 
+class _Saved(NamedTuple):
+    """A block of tokens for rows o of one memory, and what is known when its gradients go on to X, Q and the gates."""
+
+    x: _Stream
+    d: _Stream
+    p: _Stream  # None without the delta term, as dz
+    dz: _Stream
+    q: _Stream  # None without queries, as dr
+    dr: _Stream
+    read: tl.tensor
+    step: tl.tensor
+    M: tl.tensor  # the states at the block's start; m is None without momentum, as end_m
+    m: tl.tensor
+    end: tl.tensor  # the gradients of the states at the block's end
+    end_m: tl.tensor
+    work: tl.tensor
+    left: tl.tensor
+    o: tl.tensor
+
+
 @jit
 def _chunk_backward_tokens(
     X, D, Q, eta, alpha, theta, at, P, dR, states, ends, dZ, work, dX, dQ, d_eta, c, memories, readers,
-    x_row, d_row, q_row,
-    O, I, BC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
+    x_row, d_row, q_row, O, I,
+    BO: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dX, dQ and d_eta, for all blocks of tokens at once: the grid has them as its last axis. With the states M, m that a
     block starts from and the gradients E, E_m of its end:
 
-        dS = -gain (D^T dz) - between (P^T dz), and dS_q the same with dR
-        dQ = (M^T dR) before_q + (m^T dR) gain_m_q + (step X) dS_q
-        dX = (M^T dz) before + (m^T dz) gain_m + (step X) dS + step d(step X)
+        dS = -gain (D^T dz) - between (P^T dz), and dS_q the same with dR              `_backward_scores`
+        dQ = (M^T dR) before_q + (m^T dR) gain_m_q + (step X) dS_q                     `_backward_queries`
+        dX = (M^T dz) before + (m^T dz) gain_m + (step X) dS + step d(step X)          `_backward_inputs`
         d(step X) = X dS^T + Q dS_q^T - E^T (gain_end D + after P) - E_m^T (keep D)
 
     What all rows share comes in parts, one for each block of rows: dX, dQ (blocks of rows, n, c, I), d_eta (.., n, c) and
-    work (n, blocks of rows, blocks, 5 BC + 9, BC): the gradients of scores of q, of scores of x, of `between`, of `gain`
-    and of what `gain` has at t itself; then lines for those of gain_end, after, keep, the gate, before and gain_m as
-    x and as q see them, and of everything, gain_m_end, keep_m.
+    work (n, blocks of rows, blocks, BACKWARD_WORK). Its squares: the gradients, without their sign, of the scores of q
+    and x; those of `between`, of `gain` and of what `gain` has at t itself. Its lines: the gradients of gain, after and
+    keep of the end, of the gate, of before as x and as q see it, of gain_m as x and as q see it, of the end's scalars.
     """
     n = tl.program_id(0).to(tl.int64)
     read, n_read = _reader(n, memories, readers)
     s = tl.program_id(2) * BC
-    left = min(BC, c - s)
     part = (tl.program_id(1) * tl.num_programs(0) + n) * c + s
     at += n * 8
-    t, o = tl.arange(0, BC), tl.program_id(1) * BO + tl.arange(0, BO)
-    X, D = X + tl.load(at + 2) + s * x_row, D + tl.load(at + 3) + s * d_row
     state = (n * tl.num_programs(2) + tl.program_id(2)) * (2 * O * I)
     states, ends = states + state, ends + state
-    work += ((n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)) * ((5 * BC + 9) * BC)
-    tokens = (n * c + s) * O
+    work += ((n * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)) * BACKWARD_WORK
+    x, d = _Stream(X + tl.load(at + 2) + s * x_row, x_row, I), _Stream(D + tl.load(at + 3) + s * d_row, d_row, O)
+    p, dz, q, dr, to_q, m, end_m, th = None, None, None, None, None, None, None, None
+    if DELTA:
+        p, dz = _Stream(P + (n * c + s) * O, O, O), _Stream(dZ + (n * c + s) * O, O, O)
     if Q is not None:
-        dR += (n_read * c + s) * O
-        dQ += ((tl.program_id(1) * (tl.num_programs(0) // memories * readers) + n_read) * c + s) * I
-        Q += tl.load(at + 4) + s * q_row
-    step = tl.load(eta + tl.load(at + 5) + s + t, mask=t < left, other=0.0).to(tl.float32)
-    th = None if theta is None else theta + tl.load(at + 7) + s
-    gates = _gates(alpha + tl.load(at + 6) + s, th, t, left, EMA, PRECISION)
-    now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[:13]
+        q, dr = _Stream(Q + tl.load(at + 4) + s * q_row, q_row, I), _Stream(dR + (n_read * c + s) * O, O, O)
+        n_reads = tl.num_programs(0) // memories * readers
+        to_q = _Stream(dQ + ((tl.program_id(1) * n_reads + n_read) * c + s) * I, I, I)
+    if theta is not None:
+        m, end_m, th = states + O * I, ends + O * I, theta + tl.load(at + 7) + s
+    left, o = min(BC, c - s), tl.program_id(1) * BO + tl.arange(0, BO)
+    step = _steps(eta + tl.load(at + 5) + s, left)
+    b = _Saved(x, d, p, dz, q, dr, read, step, states, m, ends, end_m, work, left, o)
+    alpha += tl.load(at + 6) + s
+    _backward_scores(b, alpha, th, EMA, INCLUSIVE, PRECISION)
+    _backward_scalars(b)
+    tl.debug_barrier()
+    g = _gates(alpha, th, left, EMA, PRECISION)  # once more: kept, they would take registers
+    _backward_queries(b, to_q, _reads_of_queries(g, th, INCLUSIVE), PRECISION)
+    d_step = _backward_inputs(b, _Stream(dX + part * I, I, I), g, PRECISION)
+    t = tl.arange(0, BC)
+    tl.store(d_eta + part + t, d_step, mask=t < left)
+
+
+@jit
+def _backward_scores(b, alpha, theta, EMA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr):
+    """The squares of a block's work, and the gate's line."""
+    g = _gates(alpha, theta, b.left, EMA, PRECISION)
     d_now, d_between = tl.zeros((BC,), tl.float32), tl.zeros((BC, BC), tl.float32)
     d_gain = d_between
     if INCLUSIVE:
-        _store_matrix(work + 4 * BC * BC, d_gain, t, t, BC, BC)
-    if Q is not None:
-        if read:
-            scores = tl.zeros((BC, BC), tl.float32)
-            for i0 in tl.range(0, I, BI, disable_licm=True):
-                i = i0 + tl.arange(0, BI)
-                xe = tl.trans(_tokens(X, x_row, t, i, left, I) * step[None, :])
-                scores += _dot(xe, _tokens(Q, q_row, t, i, left, I), PRECISION)
-            b_q, g_q = between, gain
-            if INCLUSIVE:
-                b_q, g_q = _after_write(now, before, between, gain, gain_m, N, start, theta, t)[1:3]
-            part_of = _dot(tl.trans(_tokens(D, d_row, t, o, left, O)), _tokens(dR, O, t, o, left, O), PRECISION)
-            dS, d_gain = g_q * part_of, -scores * part_of
-            tl.debug_barrier()
-            if DELTA:
-                dy = _tokens(dR, O, t, o, left, O)
-                part_of = _dot(tl.trans(_tokens(P + tokens, O, t, o, left, O)), dy, PRECISION)
-                dS += b_q * part_of
-                d_between = -scores * part_of
-            _store_matrix(work, dS, t, t, BC, BC)
-            if INCLUSIVE:
-                d_now += tl.sum(d_gain * gain + d_between * between, 0)
-                _store_matrix(work + 4 * BC * BC, d_gain, t, t, BC, BC)
-                d_gain, d_between = now[None, :] * d_gain, now[None, :] * d_between
-    if DELTA:
-        scores = tl.zeros((BC, BC), tl.float32)
-        for i0 in tl.range(0, I, BI, disable_licm=True):
-            x = _tokens(X, x_row, t, i0 + tl.arange(0, BI), left, I)
-            scores += _dot(tl.trans(x * step[None, :]), x, PRECISION)
-        tl.debug_barrier()
-        dz = _tokens(dZ + tokens, O, t, o, left, O)
-        part_of = _dot(tl.trans(_tokens(D, d_row, t, o, left, O)), dz, PRECISION)
-        _store_matrix(work + BC * BC, gain * part_of, t, t, BC, BC)
-        d_gain -= scores * part_of
-        tl.debug_barrier()
-        dz = _tokens(dZ + tokens, O, t, o, left, O)
-        part_of = _dot(tl.trans(_tokens(P + tokens, O, t, o, left, O)), dz, PRECISION)
-        d_between -= scores * part_of
-        part_of = between * part_of + _matrix(work + BC * BC, t, t, BC, BC)
-        tl.debug_barrier()
-        _store_matrix(work + BC * BC, part_of, t, t, BC, BC)
-    _store_matrix(work + 2 * BC * BC, d_between, t, t, BC, BC)
-    _store_matrix(work + 3 * BC * BC, d_gain, t, t, BC, BC)
-    line = work + 5 * BC * BC + t
-    tl.store(line + 3 * BC, d_now)
-    tl.debug_barrier()
+        _put_square(b.work, 4, d_gain)
+    if b.q is not None and b.read:
+        minus_dS, d_between, d_gain = _score_gradients(b, b.q, b.dr, _reads_of_queries(g, theta, INCLUSIVE), PRECISION)
+        _put_square(b.work, 0, minus_dS)
+        if INCLUSIVE:
+            d_now += tl.sum(d_gain * g.reads.gain + d_between * g.reads.between, 0)
+            _put_square(b.work, 4, d_gain)
+            d_gain, d_between = g.alpha.now[None, :] * d_gain, g.alpha.now[None, :] * d_between
+    if b.p is not None:
+        minus_dS, more_between, more_gain = _score_gradients(b, b.x, b.dz, g.reads, PRECISION)
+        _put_square(b.work, 1, minus_dS)
+        d_between, d_gain = d_between + more_between, d_gain + more_gain
+    _put_square(b.work, 2, d_between)
+    _put_square(b.work, 3, d_gain)
+    tl.store(_line(b.work, BACKWARD_SQUARES, 3), d_now)
 
-    th = None if theta is None else theta + tl.load(at + 7) + s
-    gates = _gates(alpha + tl.load(at + 6) + s, th, t, left, EMA, PRECISION)  # again: kept, they would take registers
-    now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m, N, start = gates[:13]
-    before_q, gain_m_q = before, gain_m
-    if INCLUSIVE:
-        before_q, gain_m_q = now * before, now * gain_m + start
-    d_before, d_before_q, d_gain_m, d_gain_m_q = (tl.zeros((BC,), tl.float32),) * 4
-    d_everything = tl.sum(d_before)
-    d_gain_m_end, d_keep_m = d_everything, d_everything
+
+@jit
+def _score_gradients(b, at, dy, reads, PRECISION: tl.constexpr):
+    """Of reads at the tokens `at` with gradient dy: that of their scores S without its sign, of between, of gain."""
+    S = tl.zeros((BC, BC), tl.float32)
+    for i0 in tl.range(0, b.x.size, BI, disable_licm=True):
+        i = i0 + tl.arange(0, BI)
+        S += _dot(tl.trans(_tokens(b.x, i, b.left) * b.step[None, :]), _tokens(at, i, b.left), PRECISION)
+    tl.debug_barrier()
+    of_d = _dot(tl.trans(_tokens(b.d, b.o, b.left)), _tokens(dy, b.o, b.left), PRECISION)
+    minus_dS, d_gain, d_between = reads.gain * of_d, -S * of_d, tl.zeros((BC, BC), tl.float32)
+    if b.p is not None:
+        tl.debug_barrier()
+        of_p = _dot(tl.trans(_tokens(b.p, b.o, b.left)), _tokens(dy, b.o, b.left), PRECISION)
+        minus_dS += reads.between * of_p
+        d_between = -S * of_p
+    tl.debug_barrier()
+    return minus_dS, d_between, d_gain
+
+
+@jit
+def _read_backward(b, at, dy, reads, i, PRECISION: tl.constexpr):
+    """Of reads at the tokens `at` with gradient dy, by way of the start: numbers i of the gradient of `at`, and what
+    they give to those of before and gain_m."""
+    y = _dot(tl.trans(_matrix(b.M, b.o, i, dy.size, at.size)), _tokens(dy, b.o, b.left), PRECISION)
+    d_at, d_before, d_gain_m = (
+        reads.before[None, :] * y,
+        tl.sum(_tokens(at, i, b.left) * y, 0),
+        tl.zeros((BC,), tl.float32),
+    )
+    tl.debug_barrier()
+    if b.m is not None:
+        y = _dot(tl.trans(_matrix(b.m, b.o, i, dy.size, at.size)), _tokens(dy, b.o, b.left), PRECISION)
+        d_at += reads.gain_m[None, :] * y
+        d_gain_m = tl.sum(_tokens(at, i, b.left) * y, 0)
+        tl.debug_barrier()
+    return d_at, d_before, d_gain_m
+
+
+@jit
+def _backward_scalars(b):
+    """The gradients of the end's scalars."""
+    O, I, t = b.d.size, b.x.size, tl.arange(0, BC)
+    scalars = tl.zeros((BC,), tl.float32)
     for i0 in tl.range(0, I, BI, disable_licm=True):
         i = i0 + tl.arange(0, BI)
-        w, end = _matrix(states, o, i, O, I), _matrix(ends, o, i, O, I)
-        d_everything += tl.sum(w * end)
-        if theta is not None:
-            w_m = _matrix(states + O * I, o, i, O, I)
-            d_gain_m_end += tl.sum(w_m * end)
-            d_keep_m += tl.sum(w_m * _matrix(ends + O * I, o, i, O, I))
-        tl.debug_barrier()
-        if Q is not None:
-            if read:
-                q, dy = _tokens(Q, q_row, t, i, left, I), _tokens(dR, O, t, o, left, O)
-                y = _dot(tl.trans(_matrix(states, o, i, O, I)), dy, PRECISION)
-                dq = before_q[None, :] * y
-                if INCLUSIVE:
-                    d_before_q += tl.sum(q * y, 0)
-                else:
-                    d_before += tl.sum(q * y, 0)
-                tl.debug_barrier()
-                if theta is not None:
-                    dy = _tokens(dR, O, t, o, left, O)
-                    y = _dot(tl.trans(_matrix(states + O * I, o, i, O, I)), dy, PRECISION)
-                    dq += gain_m_q[None, :] * y
-                    if INCLUSIVE:
-                        d_gain_m_q += tl.sum(q * y, 0)
-                    else:
-                        d_gain_m += tl.sum(q * y, 0)
-                xe = _tokens(X, x_row, t, i, left, I) * step[None, :]
-                dq -= _dot(xe, _matrix(work, t, t, BC, BC), PRECISION)
-                _store_tokens(dQ, dq, I, t, i, left, I)
-    tl.store(line + 5 * BC, d_before_q)
-    tl.store(line + 7 * BC, d_gain_m_q)
-    tl.store(line + 8 * BC, tl.where(t == 0, d_everything, tl.where(t == 1, d_gain_m_end, d_keep_m)))
-    d_step = tl.zeros((BC,), tl.float32)
+        end = _matrix(b.end, b.o, i, O, I)
+        scalars += tl.where(t == 0, tl.sum(_matrix(b.M, b.o, i, O, I) * end), 0.0)
+        if b.m is not None:
+            m = _matrix(b.m, b.o, i, O, I)
+            d_keep_m = tl.sum(m * _matrix(b.end_m, b.o, i, O, I))
+            scalars += tl.where(t == 1, tl.sum(m * end), tl.where(t == 2, d_keep_m, 0.0))
+    tl.store(_line(b.work, BACKWARD_SQUARES, 8), scalars)
+
+
+@jit
+def _backward_queries(b, to_q, reads, PRECISION: tl.constexpr):
+    """dQ, and what queries give to the gradients of before and gain_m."""
+    d_before, d_gain_m = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    if b.q is not None and b.read:
+        for i0 in tl.range(0, b.x.size, BI, disable_licm=True):
+            i = i0 + tl.arange(0, BI)
+            dq, more, more_m = _read_backward(b, b.q, b.dr, reads, i, PRECISION)
+            d_before, d_gain_m = d_before + more, d_gain_m + more_m
+            dq -= _dot(_tokens(b.x, i, b.left) * b.step[None, :], _square(b.work, 0), PRECISION)
+            _store_tokens(to_q, dq, i, b.left)
+    tl.store(_line(b.work, BACKWARD_SQUARES, 5), d_before)
+    tl.store(_line(b.work, BACKWARD_SQUARES, 7), d_gain_m)
+
+
+@jit
+def _backward_inputs(b, to_x, g, PRECISION: tl.constexpr):
+    """dX, the gradient of the steps, which is returned, and those of before and gain_m as x sees them."""
+    O, I = b.d.size, b.x.size
+    d_before, d_gain_m, d_step = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     for i0 in tl.range(0, I, BI, disable_licm=True):
         i = i0 + tl.arange(0, BI)
         dx, dxe = tl.zeros((BI, BC), tl.float32), tl.zeros((BI, BC), tl.float32)
-        writes = gain_end[None, :] * _tokens(D, d_row, t, o, left, O)
-        if DELTA:
-            x, dz = _tokens(X, x_row, t, i, left, I), _tokens(dZ + tokens, O, t, o, left, O)
-            y = _dot(tl.trans(_matrix(states, o, i, O, I)), dz, PRECISION)
-            d_before += tl.sum(x * y, 0)
-            dx += before[None, :] * y
+        writes = g.end.gain[None, :] * _tokens(b.d, b.o, b.left)
+        if b.p is not None:
+            dx, more, more_m = _read_backward(b, b.x, b.dz, g.reads, i, PRECISION)
+            d_before, d_gain_m = d_before + more, d_gain_m + more_m
+            x, minus_dS = _tokens(b.x, i, b.left), _square(b.work, 1)
+            dx -= _dot(x * b.step[None, :], minus_dS, PRECISION)
+            dxe -= _dot(x, tl.trans(minus_dS), PRECISION)
             tl.debug_barrier()
-            if theta is not None:
-                x, dz = _tokens(X, x_row, t, i, left, I), _tokens(dZ + tokens, O, t, o, left, O)
-                y = _dot(tl.trans(_matrix(states + O * I, o, i, O, I)), dz, PRECISION)
-                d_gain_m += tl.sum(x * y, 0)
-                dx += gain_m[None, :] * y
-                tl.debug_barrier()
-                x = _tokens(X, x_row, t, i, left, I)
-            dS = _matrix(work + BC * BC, t, t, BC, BC)
-            dx -= _dot(x * step[None, :], dS, PRECISION)
-            dxe -= _dot(x, tl.trans(dS), PRECISION)
-            tl.debug_barrier()
-            writes += after[None, :] * _tokens(P + tokens, O, t, o, left, O)
-        dxe -= _dot(tl.trans(_matrix(ends, o, i, O, I)), writes, PRECISION)
+            writes += g.end.after[None, :] * _tokens(b.p, b.o, b.left)
+        dxe -= _dot(tl.trans(_matrix(b.end, b.o, i, O, I)), writes, PRECISION)
         tl.debug_barrier()
-        if theta is not None:
-            writes = keep[None, :] * _tokens(D, d_row, t, o, left, O)
-            dxe -= _dot(tl.trans(_matrix(ends + O * I, o, i, O, I)), writes, PRECISION)
+        if b.m is not None:
+            writes = g.end.keep[None, :] * _tokens(b.d, b.o, b.left)
+            dxe -= _dot(tl.trans(_matrix(b.end_m, b.o, i, O, I)), writes, PRECISION)
             tl.debug_barrier()
-        if Q is not None:
-            if read:
-                dS = _matrix(work, t, t, BC, BC)
-                dxe -= _dot(_tokens(Q, q_row, t, i, left, I), tl.trans(dS), PRECISION)
-        d_step += tl.sum(dxe * _tokens(X, x_row, t, i, left, I), 0)
-        _store_tokens(dX + part * I, dx + dxe * step[None, :], I, t, i, left, I)
+        if b.q is not None and b.read:
+            dxe -= _dot(_tokens(b.q, i, b.left), tl.trans(_square(b.work, 0)), PRECISION)
+        d_step += tl.sum(dxe * _tokens(b.x, i, b.left), 0)
+        _store_tokens(to_x, dx + dxe * b.step[None, :], i, b.left)
         tl.debug_barrier()
-    tl.store(d_eta + part + t, d_step, mask=t < left)
-    tl.store(line + 4 * BC, d_before)
-    tl.store(line + 6 * BC, d_gain_m)
+    tl.store(_line(b.work, BACKWARD_SQUARES, 4), d_before)
+    tl.store(_line(b.work, BACKWARD_SQUARES, 6), d_gain_m)
+    return d_step
 
 
 @jit
 def _chunk_backward_gates(
     alpha, theta, at, work, d_alpha, d_theta, c, row_blocks,
-    BC: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
+    EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_alpha, d_theta (n, c) from the products of gates, whose gradients are in `work`, a part for each of the
     blocks of rows. Grid (n, blocks of tokens)."""
@@ -1120,68 +1200,66 @@ def _chunk_backward_gates(
     alpha += tl.load(at + n * 8 + 6) + s
     if theta is not None:
         theta += tl.load(at + n * 8 + 7) + s
-    work += (n * row_blocks * tl.num_programs(1) + tl.program_id(1)) * ((5 * BC + 9) * BC)
-    d_between, d_gain, dN = (tl.zeros((BC, BC), tl.float32),) * 3
+    work += (n * row_blocks * tl.num_programs(1) + tl.program_id(1)) * BACKWARD_WORK
+    d_between, d_gain, d_in_m = (tl.zeros((BC, BC), tl.float32),) * 3
     d_gain_end, d_after, d_keep, d_now, d_before, d_before_q, d_gain_m, d_gain_m_q, scalars = (
         tl.zeros((BC,), tl.float32),
     ) * 9
     for _ in tl.range(0, row_blocks, disable_licm=True):
-        line = work + 5 * BC * BC + t
-        d_between += _matrix(work + 2 * BC * BC, t, t, BC, BC)
-        d_gain += _matrix(work + 3 * BC * BC, t, t, BC, BC)
-        d_gain_end += tl.load(line)
+        d_between += _square(work, 2)
+        d_gain += _square(work, 3)
+        d_gain_end += tl.load(_line(work, BACKWARD_SQUARES, 0))
         if DELTA:
-            d_after += tl.load(line + BC)
+            d_after += tl.load(_line(work, BACKWARD_SQUARES, 1))
         if theta is not None:
-            d_keep += tl.load(line + 2 * BC)
+            d_keep += tl.load(_line(work, BACKWARD_SQUARES, 2))
             if INCLUSIVE:
-                dN += _matrix(work + 4 * BC * BC, t, t, BC, BC)
-        d_now += tl.load(line + 3 * BC)
-        d_before += tl.load(line + 4 * BC)
-        d_before_q += tl.load(line + 5 * BC)
-        d_gain_m += tl.load(line + 6 * BC)
-        d_gain_m_q += tl.load(line + 7 * BC)
-        scalars += tl.load(line + 8 * BC)
-        work += tl.num_programs(1) * ((5 * BC + 9) * BC)
-    d_everything = tl.sum(tl.where(t == 0, scalars, 0.0))
-    (
-        now, before, after, everything, between, gain, gain_end, gain_m, gain_m_end, keep, keep_m,
-        N, start, weight, th_now, th_before, th_after, th_between,
-    ) = _gates(alpha, theta, t, left, EMA, PRECISION)  # fmt: skip
+                d_in_m += _square(work, 4)
+        d_now += tl.load(_line(work, BACKWARD_SQUARES, 3))
+        d_before += tl.load(_line(work, BACKWARD_SQUARES, 4))
+        d_before_q += tl.load(_line(work, BACKWARD_SQUARES, 5))
+        d_gain_m += tl.load(_line(work, BACKWARD_SQUARES, 6))
+        d_gain_m_q += tl.load(_line(work, BACKWARD_SQUARES, 7))
+        scalars += tl.load(_line(work, BACKWARD_SQUARES, 8))
+        work += tl.num_programs(1) * BACKWARD_WORK
+    g = _gates(alpha, theta, left, EMA, PRECISION)
+    a, th, between = g.alpha, g.theta, g.alpha.between
+    d_start = tl.zeros((BC,), tl.float32)
     if INCLUSIVE:
-        d_now += d_before_q * before
-        d_before += now * d_before_q
+        d_now += d_before_q * a.before + d_gain_m_q * g.reads.gain_m
+        d_start += d_gain_m_q
+        d_before_q, d_gain_m_q = a.now * d_before_q, a.now * d_gain_m_q
+    d_before, d_gain_m = d_before + d_before_q, d_gain_m + d_gain_m_q
     if theta is None:
         d_between += d_gain
         d_after += d_gain_end
     else:
         d_gain_m_end, d_keep_m = tl.sum(tl.where(t == 1, scalars, 0.0)), tl.sum(tl.where(t == 2, scalars, 0.0))
-        dN += d_gain_end[:, None] * after[None, :]
-        d_start = d_gain_m_end * after
-        if INCLUSIVE:
-            d_now += d_gain_m_q * gain_m
-            d_start += d_gain_m_q
-            d_gain_m += now * d_gain_m_q
-        d_start += tl.sum(between * d_gain_m[None, :], 1)
-        d_between += _dot(tl.trans(N), d_gain, PRECISION) + start[:, None] * d_gain_m[None, :]
-        d_after += tl.sum(N * d_gain_end[:, None], 0) + d_gain_m_end * start
-        dN += _dot(d_gain, tl.trans(between), PRECISION)
-        d_theta_now = tl.sum(dN * weight[:, None] * th_between, 0) + d_start * th_before
+        d_in_m += d_gain_end[:, None] * a.after[None, :]
+        d_start += d_gain_m_end * a.after + tl.sum(between * d_gain_m[None, :], 1)
+        d_between += _dot(tl.trans(g.in_m), d_gain, PRECISION) + g.start_in_m[:, None] * d_gain_m[None, :]
+        d_after += tl.sum(g.in_m * d_gain_end[:, None], 0) + d_gain_m_end * g.start_in_m
+        d_in_m += _dot(d_gain, tl.trans(between), PRECISION)
+        d_theta_now = tl.sum(d_in_m * g.weight[:, None] * th.between, 0) + d_start * th.before
         if EMA:
-            inclusive = tl.where(t[:, None] == t[None, :], 1.0, th_now[None, :] * th_between)
-            d_theta_now -= tl.sum(dN * inclusive, 1) + d_keep * th_after
-        d_theta_now += _decays_backward(
-            th_now * d_start, d_keep * weight, d_keep_m, th_now[None, :] * dN * weight[:, None],
-            th_before, th_after, th_between, PRECISION,
-        )  # fmt: skip
+            unweighted = tl.where(_diagonal(), 1.0, th.now[None, :] * th.between)
+            d_theta_now -= tl.sum(d_in_m * unweighted, 1) + d_keep * th.after
+        d_th_between = th.now[None, :] * d_in_m * g.weight[:, None]
+        d_theta_now += _decays_backward(th, th.now * d_start, d_keep * g.weight, d_keep_m, d_th_between, PRECISION)
         tl.store(d_theta + n * c + s + t, d_theta_now, mask=t < left)
-    d_now += _decays_backward(d_before, d_after, d_everything, d_between, before, after, between, PRECISION)
+    d_now += _decays_backward(a, d_before, d_after, tl.sum(tl.where(t == 0, scalars, 0.0)), d_between, PRECISION)
     tl.store(d_alpha + n * c + s + t, d_now, mask=t < left)
 
 
-def _blocks(o: int, i: int, BO: int) -> dict:
+def _tiles(o: int, i: int, BO: int) -> dict:
     """Sizes of the chunk kernels' tiles. A warp has 16 rows of a memory; more, or wider tiles, and registers run out."""
-    return dict(O=o, I=i, BC=16, BO=BO, BI=16, num_warps=BO // 16, num_stages=1)
+    return dict(O=o, I=i, BO=BO, num_warps=BO // 16, num_stages=1)
+
+
+def _run(kernel, grid: tuple, *args, **settings) -> None:
+    """Launch a kernel with those of the settings that it has."""
+    known = {*kernel.arg_names, "num_warps", "num_stages"}
+    kernel[grid](*args, **{k: v for k, v in settings.items() if k in known})
 
 
 @lru_cache(maxsize=512)
@@ -1201,79 +1279,70 @@ def _begins(lead: tuple, layouts: tuple, device: torch.device) -> Tensor:
     return torch.stack(columns, -1).contiguous().to(device)
 
 
-def _launch(inputs: tuple, ema: bool, inclusive: bool, delta: bool, readers: int | None, keep_P: bool = False):
-    """Run `_chunk_forward`. Returns M, m, R, P and what the backward pass needs."""
-    (o, i), c = inputs[0].shape[-2:], inputs[2].shape[-2]
-    packed = lambda z, k: z.stride(-1) == 1 and (k > 1 or z.stride(-2) == z.shape[-1])
-    inputs = tuple(None if z is None else z if packed(z, k) else z.contiguous() for k, z in enumerate(inputs))
-    M, m, X, D, Q, eta, alpha, theta = inputs
-    leads = [
-        ((), ()) if z is None else (z.shape[:-k], z.stride()[:-k]) for z, k in zip(inputs, (2, 2, 2, 2, 2, 1, 1, 1))
-    ]
-    lead = torch.broadcast_shapes(*(shape for z, (shape, _) in zip(inputs, leads) if readers is None or z is not Q))
-    at = _begins(tuple(lead), tuple((tuple(a), tuple(b)) for a, b in leads), X.device)
-    new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=X.device)
-    M_end, m_end = new(*lead, o, i), None if theta is None else new(*lead, o, i)
-    of_reads = lead if readers is None else (*lead[:-1], readers)
-    R, P = None if Q is None else new(*of_reads, c, o), new(*lead, c, o) if keep_P and delta else None
-    reads = dict(memories=1, readers=1) if readers is None else dict(memories=lead[-1], readers=readers)
-    rows = dict(x_row=X.stride(-2), d_row=D.stride(-2), q_row=0 if Q is None else Q.stride(-2))
-    sizes, flags = _blocks(o, i, 32 if o > 16 else 16), dict(EMA=ema, DELTA=delta, PRECISION=_precision(X.device))
-    grid = (len(at), -(-o // sizes["BO"]))
-    work = new(*grid, 4 * sizes["BC"] + 8, sizes["BC"])
-    with _on(X.device):
-        _chunk_forward[grid](
-            *inputs, at, M_end, m_end, R, P, work, c, **reads, **rows, **sizes, **flags, INCLUSIVE=inclusive
-        )
-    return M_end, m_end, R, P, inputs, (at, lead, reads, {**rows, **flags})
-
-
 class _TritonChunk(torch.autograd.Function):
     """`dgd_chunk` by the kernels: one launch forward, four backward; only P is stored."""
 
     @staticmethod
     def forward(ctx, rule, *inputs):
-        M, m, R, P, inputs, ctx.call = _launch(inputs, *rule, any(ctx.needs_input_grad))
-        ctx.save_for_backward(*inputs, P)
-        ctx.rule = rule
+        (o, i), c = inputs[0].shape[-2:], inputs[2].shape[-2]
+        packed = lambda z, k: z.stride(-1) == 1 and (k > 1 or z.stride(-2) == z.shape[-1])
+        inputs = tuple(None if z is None else z if packed(z, k) else z.contiguous() for k, z in enumerate(inputs))
+        M, m, X, D, Q, eta, alpha, theta = inputs
+        own = 2, 2, 2, 2, 2, 1, 1, 1  # dimensions of each that are not leading ones
+        layouts = tuple(((), ()) if z is None else (tuple(z.shape[:-k]), z.stride()[:-k]) for z, k in zip(inputs, own))
+        lead = torch.broadcast_shapes(*(a for z, (a, _) in zip(inputs, layouts) if rule.readers is None or z is not Q))
+        new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=X.device)
+        M_end, m_end = new(*lead, o, i), None if theta is None else new(*lead, o, i)
+        of_reads = lead if rule.readers is None else (*lead[:-1], rule.readers)
+        R = None if Q is None else new(*of_reads, c, o)
+        P = new(*lead, c, o) if rule.delta and any(ctx.needs_input_grad) else None
+        ctx.settings = dict(
+            EMA=rule.ema, DELTA=rule.delta, INCLUSIVE=rule.inclusive, PRECISION=_precision(X.device),
+            memories=1 if rule.readers is None else lead[-1], readers=rule.readers or 1,
+            x_row=X.stride(-2), d_row=D.stride(-2), q_row=0 if Q is None else Q.stride(-2),
+        )  # fmt: skip
+        at, tiles = _begins(tuple(lead), layouts, X.device), _tiles(o, i, 32 if o > 16 else 16)
+        grid = len(at), -(-o // tiles["BO"])
+        work = new(*grid, FORWARD_WORK.value)
+        with _on(X.device):
+            _run(_chunk_forward, grid, *inputs, at, M_end, m_end, R, P, work, c, **ctx.settings, **tiles)
+        ctx.save_for_backward(*inputs, at, P)
+        ctx.rule, ctx.lead = rule, lead
         ctx.set_materialize_grads(False)
-        return M, m, R
+        return M_end, m_end, R
 
     @staticmethod
     def backward(ctx, dM, dm, dR):
-        *inputs, P = ctx.saved_tensors
+        *inputs, at, P = ctx.saved_tensors
         M, m, X, D, Q, eta, alpha, theta = inputs
         if torch.is_grad_enabled():  # a second derivative is wanted: the reference's backward pass has one
-            return *None, *_derivatives(partial(_reference, rule=ctx.rule), inputs, (dM, dm, dR))
-        (at, lead, reads, flags), (o, i), c = ctx.call, M.shape[-2:], X.shape[-2]
-        flags = {**flags, **_blocks(o, i, 16)}
-        BC, grid = flags["BC"], (len(at), -(-o // flags["BO"]))
-        blocks = -(-c // BC)
+            return None, *_derivatives(partial(_reference, rule=ctx.rule), inputs, (dM, dm, dR))
+        lead, (o, i), c = ctx.lead, M.shape[-2:], X.shape[-2]
+        tiles = _tiles(o, i, 16)
+        row_blocks, blocks = -(-o // tiles["BO"]), -(-c // BC.value)
+        grid = len(at), row_blocks
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=X.device)
         of_end = lambda g: new(*lead, o, i).zero_() if g is None else g.clone(memory_format=torch.contiguous_format)
         dM, dm = of_end(dM), None if theta is None else of_end(dm)
         dR, Q = (None, None) if dR is None else (dR.contiguous(), Q)
-        part = lambda z, *shape: None if z is None else new(grid[1], *shape)
-        dX, dQ, d_eta = part(X, *lead, c, i), part(Q, *(() if Q is None else dR.shape[:-1]), i), part(eta, *lead, c)
+        dX, d_eta = new(row_blocks, *lead, c, i), new(row_blocks, *lead, c)
+        dQ = None if Q is None else new(row_blocks, *dR.shape[:-1], i)
         d_alpha, d_theta = new(*lead, c), None if theta is None else new(*lead, c)
         dD, dZ = new(*lead, c, o), None if P is None else new(len(at), c, o)
         states, ends = new(len(at), blocks, 2, o, i), new(len(at), blocks, 2, o, i)
-        work = new(*grid, blocks, 5 * BC + 9, BC)
-        shared = (X, D, Q, eta, alpha, theta, at, P, dR)
+        work = new(*grid, blocks, BACKWARD_WORK.value)
+        shared, settings = (X, D, Q, eta, alpha, theta, at, P, dR), dict(**ctx.settings, **tiles)
         with _on(X.device):
-            plain = {k: flags[k] for k in flags if k != "q_row"}
-            _chunk_states[grid](M, m, X, D, eta, alpha, theta, at, P, states, c, **plain)
-            flags |= dict(reads, INCLUSIVE=ctx.rule.inclusive)
-            _chunk_backward[grid](*shared, dM, dm, ends, dD, dZ, work, c, **flags)
-            _chunk_backward_tokens[(*grid, blocks)](*shared, states, ends, dZ, work, dX, dQ, d_eta, c, **flags)
-            flags = {k: flags[k] for k in ("BC", "EMA", "DELTA", "INCLUSIVE", "PRECISION")}
-            _chunk_backward_gates[(len(at), blocks)](
-                alpha, theta, at, work, d_alpha, d_theta, c, grid[1], **flags, num_warps=1
-            )
+            _run(_chunk_states, grid, M, m, X, D, eta, alpha, theta, at, P, states, c, **settings)
+            _run(_chunk_backward, grid, *shared, dM, dm, ends, dD, dZ, work, c, **settings)
+            _run(_chunk_backward_tokens, (*grid, blocks), *shared, states, ends, dZ, work, dX, dQ, d_eta, c, **settings)
+            settings["num_warps"] = 1
+            gates = alpha, theta, at, work, d_alpha, d_theta
+            _run(_chunk_backward_gates, (len(at), blocks), *gates, c, row_blocks, **settings)
         dX, dQ, d_eta = (None if z is None else z.sum(0) for z in (dX, dQ, d_eta))
         grads = dM, dm, dX, dD, dQ, d_eta, d_alpha, d_theta
         fold = lambda g, z: None if z is None or g is None else g.sum_to_size(z.shape).to(z.dtype)
-        return *None, *(fold(g, z) for g, z in zip(grads, inputs))
+        return None, *(fold(g, z) for g, z in zip(grads, inputs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1286,12 +1355,12 @@ class _TritonChunk(torch.autograd.Function):
 
 
 @jit
-def _apply(W, X, row, t, o, left, O, I, BI: tl.constexpr, PRECISION: tl.constexpr):
+def _apply(W, x, o, left, O, PRECISION: tl.constexpr):
     """Rows o of W x, (BO, BC)."""
-    y = tl.zeros((o.shape[0], t.shape[0]), tl.float32)
-    for i0 in tl.range(0, I, BI, disable_licm=True):
+    y = tl.zeros((o.shape[0], BC), tl.float32)
+    for i0 in tl.range(0, x.size, BI, disable_licm=True):
         i = i0 + tl.arange(0, BI)
-        y += _dot(_matrix(W, o, i, O, I), _tokens(X, row, t, i, left, I), PRECISION)
+        y += _dot(_matrix(W, o, i, O, x.size), _tokens(x, i, left), PRECISION)
     return y
 
 
@@ -1304,21 +1373,20 @@ def _layer_norm(y, e, E):
 
 
 @jit
-def _mlp(W2, W1, X, row, z, hidden, t, e, left, E, H, NORM: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr):
-    """y = W1 silu(W2 x), (BE, BC), or its layer norm, and the standard deviations that this divides by; leaves z = W2 x
-    and silu(z) where it is told. Without W1, W2 x."""
-    std = tl.full(t.shape, 1.0, tl.float32)
+def _mlp(W2, W1, x, z, hidden, e, left, NORM: tl.constexpr, PRECISION: tl.constexpr):
+    """y = W1 silu(W2 x), (BE, BC), or its layer norm, and the standard deviations that this divides by; leaves W2 x and
+    silu(W2 x) in the streams z and hidden. Without W1, W2 x."""
+    std, E = tl.full((BC,), 1.0, tl.float32), x.size
     if W1 is None:
-        y = _apply(W2, X, row, t, e, left, E, E, BI, PRECISION)
+        y = _apply(W2, x, e, left, E, PRECISION)
     else:
         tl.debug_barrier()
-        for o0 in tl.range(0, H, e.shape[0], disable_licm=True):
-            o = o0 + e
-            y = _apply(W2, X, row, t, o, left, H, E, BI, PRECISION)
-            _store_tokens(z, y, H, t, o, left, H)
-            _store_tokens(hidden, y * tl.sigmoid(y), H, t, o, left, H)
+        for o0 in tl.range(0, z.size, e.shape[0], disable_licm=True):
+            y = _apply(W2, x, o0 + e, left, z.size, PRECISION)
+            _store_tokens(z, y, o0 + e, left)
+            _store_tokens(hidden, y * tl.sigmoid(y), o0 + e, left)
         tl.debug_barrier()
-        y = _apply(W1, hidden, H, t, e, left, E, H, BI, PRECISION)
+        y = _apply(W1, hidden, e, left, E, PRECISION)
         if NORM:
             y, std = _layer_norm(y, e, E)
     return y, std
@@ -1330,10 +1398,18 @@ def _normalized(y):
 
 
 @jit
-def _gate(read, bias, head, X, t, e, left, E):
+def _gate(read, bias, head, x, e, left):
     """<read, x> + bias, a number a token (BC,)."""
-    weight = tl.load(read + head * E + e, mask=e < E, other=0.0).to(tl.float32)
-    return tl.sum(_tokens(X, E, t, e, left, E) * weight[:, None], 0) + tl.load(bias + head).to(tl.float32)
+    weight = tl.load(read + head * x.size + e, mask=e < x.size, other=0.0).to(tl.float32)
+    return tl.sum(_tokens(x, e, left) * weight[:, None], 0) + tl.load(bias + head).to(tl.float32)
+
+
+@jit
+def _softplus(x):
+    """log(1 + exp(x)); where exp(-|x|) is small, by the series of log(1 + z), since 1 + z would lose it."""
+    small = tl.exp(-tl.abs(x))
+    series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0 - small * 0.25)))
+    return tl.maximum(x, 0.0) + tl.where(small < 0.03, series, tl.log(1.0 + small))
 
 
 @jit
@@ -1343,19 +1419,21 @@ def _step(eta, x2, chunk, STEP: tl.constexpr):
 
 
 @jit
-def _move(to, W, size):
-    at = tl.arange(0, 1024)
-    for i in tl.range(0, size, 1024):
-        tl.store(to + i + at, tl.load(W + i + at, mask=i + at < size), mask=i + at < size)
+def _move(to, W, first, size):
+    """Numbers of W, from the first one on, to the same place in `to`; nothing without W."""
+    if W is not None:
+        at = tl.arange(0, 1024)
+        for i in tl.range(0, size, 1024):
+            tl.store(to + first + i + at, tl.load(W + first + i + at, mask=i + at < size), mask=i + at < size)
 
 
 @jit
 def _memory_scan(
     U, K, V, Q, eta, alpha, theta, at, W2, W1, m2, m1, A2, A1, scale, eta_read, eta_bias, alpha_read, alpha_bias, Y, work,
-    blocks, t0, length, heads, memories, adaptive, u_row, k_row, v_row, q_row, E, H,
-    CHUNK: tl.constexpr, CHUNK_PROJ: tl.constexpr, L2: tl.constexpr, STEP: tl.constexpr, SELF_VALUES: tl.constexpr, QK_NORM: tl.constexpr, NORM: tl.constexpr,
-    EMA: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr, BI: tl.constexpr,
-    PRECISION: tl.constexpr,
+    work_size, blocks, t0, length, heads, memories, adaptive, u_row, k_row, v_row, q_row, E, H,
+    CHUNK: tl.constexpr, CHUNK_PROJ: tl.constexpr, L2: tl.constexpr, STEP: tl.constexpr, SELF_VALUES: tl.constexpr,
+    QK_NORM: tl.constexpr, NORM: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, READ: tl.constexpr,
+    BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`memory_scan`. Grid (sequences x heads); at: (n, 7), where each one's part of the first seven begins.
 
@@ -1366,13 +1444,15 @@ def _memory_scan(
     """
     n = tl.program_id(0).to(tl.int64)
     head, at, size = n % heads, at + n * 7, E * H
+    all_of_it, last = n * memories * size, (n * memories + memories - 1) * size
     t, e = tl.arange(0, BC), tl.arange(0, BE)
-    z = work + n * ((4 * H + (1 + adaptive) * E + 1 + 4 * BC + 8) * BC)
-    hidden, d2, q1 = z + H * BC, z + 2 * H * BC, z + 3 * H * BC
-    d1 = z + 4 * H * BC
-    reads = d1 + E * BC
-    line = reads + adaptive * E * BC
-    gates = line + BC
+    work += n * work_size
+    gates, retention = work, work + FORWARD_WORK
+    z_at = retention + BC
+    z, hidden = _Stream(z_at, H, H), _Stream(z_at + H * BC, H, H)
+    d2, q1 = _Stream(z_at + 2 * H * BC, H, H), _Stream(z_at + 3 * H * BC, H, H)
+    d1, reads = _Stream(z_at + 4 * H * BC, E, E), z_at + 4 * H * BC + E * BC
+    # Reads of the adaptive memories follow one another in this order, and only theirs.
     v_at = reads + (E * BC if K is None else 0)
     q_at = v_at + (E * BC if V is None else 0)
     eta_at = q_at + (E * BC if Q is None else 0)
@@ -1384,82 +1464,71 @@ def _memory_scan(
         left = min(min(BC, length - s), min(CHUNK - (t0 + s) % CHUNK, CHUNK_PROJ - (t0 + s) % CHUNK_PROJ))
         tl.debug_barrier()
         if (t0 + s) % CHUNK_PROJ == 0:
-            first = n * memories * size
-            _move(A2 + first, W2 + first, (memories - 1) * size)
-            if W1 is not None:
-                _move(A1 + first, W1 + first, (memories - 1) * size)
+            _move(A2, W2, all_of_it, (memories - 1) * size)
+            _move(A1, W1, all_of_it, (memories - 1) * size)
         if (t0 + s) % CHUNK == 0:
-            last = (n * memories + memories - 1) * size
-            _move(A2 + last, W2 + last, size)
-            if W1 is not None:
-                _move(A1 + last, W1 + last, size)
+            _move(A2, W2, last, size)
+            _move(A1, W1, last, size)
         tl.debug_barrier()
         if U is not None:
-            u = U + tl.load(at) + s * u_row
+            u = _Stream(U + tl.load(at) + s * u_row, u_row, E)
             for j in tl.range(0, adaptive, disable_licm=True):
-                here = (n * memories + j) * size
-                y, std = _mlp(
-                    A2 + here, None if W1 is None else A1 + here, u, u_row, z, hidden, t, e, left, E, H, NORM, BI,
-                    PRECISION,
-                )  # fmt: skip
+                a2, a1 = A2 + all_of_it + j * size, None if W1 is None else A1 + all_of_it + j * size
+                y, std = _mlp(a2, a1, u, z, hidden, e, left, NORM, PRECISION)
                 if W1 is not None:
-                    y += _tokens(u, u_row, t, e, left, E)
+                    y += _tokens(u, e, left)
                 if QK_NORM:
                     if (j == k_place) | (j == q_place):
                         y = _normalized(y)
-                _store_tokens(reads + j * E * BC, y, E, t, e, left, E)
+                _store_tokens(_Stream(reads + j * E * BC, E, E), y, e, left)
             tl.debug_barrier()
-        k, k_r, v, v_r, q, q_r = reads, E, v_at, E, q_at, E
+        k, v, q = _Stream(reads, E, E), _Stream(v_at, E, E), _Stream(q_at, E, E)
         if K is not None:
-            k, k_r = K + tl.load(at + 1) + s * k_row, k_row
+            k = _Stream(K + tl.load(at + 1) + s * k_row, k_row, E)
         if V is not None:
-            v, v_r = V + tl.load(at + 2) + s * v_row, v_row
+            v = _Stream(V + tl.load(at + 2) + s * v_row, v_row, E)
         if Q is not None:
-            q, q_r = Q + tl.load(at + 3) + s * q_row, q_row
+            q = _Stream(Q + tl.load(at + 3) + s * q_row, q_row, E)
         if eta is not None:
-            rate = tl.load(eta + tl.load(at + 4) + s + t, mask=t < left, other=0.0)
-        else:  # softplus
-            rate = _gate(eta_read, eta_bias, head, eta_at, t, e, left, E)
-            small = tl.exp(-tl.abs(rate))
-            series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0 - small * 0.25)))
-            rate = tl.maximum(rate, 0.0) + tl.where(small < 0.03, series, tl.log(1.0 + small))
-        if alpha is not None:
-            keep = alpha + tl.load(at + 5) + s
+            rate = _steps(eta + tl.load(at + 4) + s, left)
         else:
-            keep = line
-            tl.store(line + t, tl.sigmoid(_gate(alpha_read, alpha_bias, head, alpha_at, t, e, left, E)))
+            rate = _softplus(_gate(eta_read, eta_bias, head, _Stream(eta_at, E, E), e, left))
+        if alpha is not None:
+            retained = alpha + tl.load(at + 5) + s
+        else:
+            retained = retention
+            gate = _gate(alpha_read, alpha_bias, head, _Stream(alpha_at, E, E), e, left)
+            tl.store(retention + t, tl.sigmoid(gate))
             tl.debug_barrier()
         th = None if theta is None else theta + tl.load(at + 6) + s
-        _put_gates(gates, keep, th, t, left, EMA, READ == "after", PRECISION)
+        _put_gates(gates, retained, th, left, EMA, READ == "after", PRECISION)
+        out = _Stream(Y + (n * length + s) * E, E, E)
         if READ == "chunk":
-            last = (n * memories + memories - 1) * size
-            y, std = _mlp(
-                A2 + last, None if W1 is None else A1 + last, q, q_r, z, hidden, t, e, left, E, H, NORM, BI, PRECISION
-            )
+            y, std = _mlp(A2 + last, None if W1 is None else A1 + last, q, z, hidden, e, left, NORM, PRECISION)
             if W1 is not None:
-                y += _tokens(q, q_r, t, e, left, E)
-            _store_tokens(Y + (n * length + s) * E, y, E, t, e, left, E)
+                y += _tokens(q, e, left)
+            _store_tokens(out, y, e, left)
         for j in tl.range(0, memories, disable_licm=True):
-            here = (n * memories + j) * size
+            here = all_of_it + j * size
             a2, a1 = A2 + here, None if W1 is None else A1 + here
-            value = _tokens(v, v_r, t, e, left, E)
+            value = _tokens(v, e, left)
             if SELF_VALUES:
-                y, std = _mlp(a2, a1, v, v_r, z, hidden, t, e, left, E, H, NORM, BI, PRECISION)
+                y, std = _mlp(a2, a1, v, z, hidden, e, left, NORM, PRECISION)
                 value = y if W1 is None else value + y
                 if scale is not None:
                     value = tl.load(scale + head * memories + j) * _normalized(value)
-            x, d = _tokens(k, k_r, t, e, left, E), -value
+            x, d = _tokens(k, e, left), -value
             if W1 is None:
                 if L2:
-                    d += _apply(a2, k, k_r, t, e, left, E, E, BI, PRECISION)
-                _store_tokens(d2, d, E, t, e, left, E)
+                    d += _apply(a2, k, e, left, E, PRECISION)
+                _store_tokens(d2, d, e, left)
             else:
-                y, std = _mlp(a2, a1, k, k_r, z, hidden, t, e, left, E, H, NORM, BI, PRECISION)
+                y, std = _mlp(a2, a1, k, z, hidden, e, left, NORM, PRECISION)
                 if L2:
                     d += x + y
                 if NORM:
                     d = (d - tl.sum(d, 0)[None, :] / E - y * (tl.sum(d * y, 0) / E)[None, :]) / std[None, :]
-                _store_tokens(d1, d, E, t, e, left, E)
+                _store_tokens(d1, d, e, left)
             step, hidden2 = _step(rate, tl.sum(x * x, 0), CHUNK, STEP), tl.zeros((BC,), tl.float32)
             tl.debug_barrier()
             if W1 is not None:
@@ -1467,34 +1536,33 @@ def _memory_scan(
                     o, back = o0 + e, tl.zeros((BE, BC), tl.float32)
                     for i0 in tl.range(0, E, BI, disable_licm=True):
                         i = i0 + tl.arange(0, BI)
-                        back += _dot(tl.trans(_matrix(a1, i, o, E, H)), _tokens(d1, E, t, i, left, E), PRECISION)
-                    zs, hs = _tokens(z, H, t, o, left, H), _tokens(hidden, H, t, o, left, H)
-                    _store_tokens(d2, back * tl.sigmoid(zs) * (1.0 + zs - hs), H, t, o, left, H)
+                        back += _dot(tl.trans(_matrix(a1, i, o, E, H)), _tokens(d1, i, left), PRECISION)
+                    zs, hs = _tokens(z, o, left), _tokens(hidden, o, left)
+                    _store_tokens(d2, back * tl.sigmoid(zs) * (1.0 + zs - hs), o, left)
                     hidden2 += tl.sum(hs * hs, 0)
                 tl.debug_barrier()
             read = (j == memories - 1).to(tl.int32) if READ != "chunk" else 0
             for o0 in tl.range(0, H, BE, disable_licm=True):
                 o = o0 + e
                 r = _block(
-                    W2 + here, None if theta is None else m2 + here, k, k_r, d2, H,
-                    None if READ == "chunk" else q, q_r, read, step, gates, t, o, left, H, E, None, BI, DELTA, READ == "after", PRECISION,
+                    W2 + here, None if theta is None else m2 + here, k, d2, None if READ == "chunk" else q, read, step,
+                    gates, o, left, None, DELTA, READ == "after", PRECISION,
                 )  # fmt: skip
                 if READ != "chunk":
                     if W1 is None:
-                        _store_tokens(Y + (n * length + s) * E, r, E, t, e, left * read, E)
+                        _store_tokens(out, r, e, left * read)
                     else:
-                        _store_tokens(q1, r * tl.sigmoid(r), H, t, o, left * read, H)
+                        _store_tokens(q1, r * tl.sigmoid(r), o, left * read)
             if W1 is not None:
                 tl.debug_barrier()
                 r = _block(
-                    W1 + here, None if theta is None else m1 + here, hidden, H, d1, E,
-                    None if READ == "chunk" else q1, H, read, _step(rate, hidden2, CHUNK, STEP), gates, t, e, left, E, H, None, BI, DELTA, READ == "after", PRECISION,
+                    W1 + here, None if theta is None else m1 + here, hidden, d1, None if READ == "chunk" else q1, read,
+                    _step(rate, hidden2, CHUNK, STEP), gates, e, left, None, DELTA, READ == "after", PRECISION,
                 )  # fmt: skip
                 if READ != "chunk":
                     if NORM:
                         r, std = _layer_norm(r, e, E)
-                    r += _tokens(q, q_r, t, e, left, E)
-                    _store_tokens(Y + (n * length + s) * E, r, E, t, e, left * read, E)
+                    _store_tokens(out, r + _tokens(q, e, left), e, left * read)
             tl.debug_barrier()
         s += left
 
@@ -1504,9 +1572,7 @@ def scans(x: Tensor, width: int) -> bool:
     if torch.is_grad_enabled() or x.dtype == torch.float64 or not uses_triton(x):
         return False
     if width > 128:
-        _fall_back(
-            f"chunk by chunk: heads of {width} are wider than 128, what one launch for all chunks takes; use more"
-        )
+        _fall_back(f"chunk by chunk: heads of {width} are wider than 128, too wide for a single launch; use more heads")
     return width <= 128
 
 
@@ -1526,33 +1592,40 @@ def memory_scan(
         gates: (read (h, 1, e), bias (h, 1)) of eta and alpha where they are adaptive.
         scale: (h, n, 1, 1) of self-generated values, which are normalised then.
 
-    Returns y (b, h, s, e).
+    Returns y (b, h, s, e). ValueError for states that can't be changed in place.
     """
+    for state in (*now, *(momentum or ()), *anchor):
+        if state.dtype != torch.float32 or not state.is_contiguous():
+            raise ValueError(
+                "memory_scan: a state is not contiguous float32; pass .float().contiguous(), it is changed"
+            )
     some = next(iter(streams.values()))
     b, h, n, H, E = now[0].shape
-    length = some.shape[2]
+    length, device = some.shape[2], some.device
     names = "u", "k", "v", "q", "eta", "alpha", "theta"
     inputs = [streams.get(name) for name in names]
     inputs = [z if z is None or z.stride(-1) == 1 else z.contiguous() for z in inputs]
     layouts = tuple(((), ()) if z is None else (tuple(z.shape[:2]), z.stride()[:2]) for z in inputs)
-    at = _begins((b, h), layouts, some.device)
     rows = {f"{name}_row": 0 if z is None else z.stride(-2) for name, z in zip(names[:4], inputs)}
     both = lambda layers: (None, None) if layers is None else (*layers, None)[:2]
     eta_gate, alpha_gate = (gates.get(name, (None, None)) for name in ("eta", "alpha"))
-    Y = torch.empty(b, h, length, E, dtype=torch.float32, device=some.device)
+    Y = torch.empty(b, h, length, E, dtype=torch.float32, device=device)
+    if Y.numel() == 0:
+        return Y
     BE = 64 if E <= 64 else 128
+    block = BC.value
     work = torch.empty(
-        b * h, 16 * (4 * H + (1 + adaptive) * E + 1 + 4 * 16 + 8), dtype=torch.float32, device=some.device
+        b * h, FORWARD_WORK.value + block * (1 + 4 * H + (1 + adaptive) * E), dtype=torch.float32, device=device
     )
     blocks, s = 0, t
     while s < t + length:
-        blocks, s = blocks + 1, min(s + 16, t + length, s - s % chunk + chunk, s - s % chunk_proj + chunk_proj)
-    with _on(some.device):
+        blocks, s = blocks + 1, min(s + block, t + length, s - s % chunk + chunk, s - s % chunk_proj + chunk_proj)
+    with _on(device):
         _memory_scan[(b * h,)](
-            *inputs, at, *both(now), *both(momentum), *both(anchor), scale, *eta_gate, *alpha_gate, Y, work,
-            blocks, t, length, h, n, adaptive, **rows, E=E, H=H, CHUNK=chunk, CHUNK_PROJ=chunk_proj, L2=objective == "l2", STEP=step,
-            SELF_VALUES=self_values, QK_NORM=qk_norm, NORM=norm, EMA=True, DELTA=delta, READ=read, BC=16, BE=BE, BI=16,
-            PRECISION=_precision(some.device), num_warps=BE // 16, num_stages=1,
+            *inputs, _begins((b, h), layouts, device), *both(now), *both(momentum), *both(anchor), scale, *eta_gate,
+            *alpha_gate, Y, work, work.shape[1], blocks, t, length, h, n, adaptive, **rows, E=E, H=H, CHUNK=chunk,
+            CHUNK_PROJ=chunk_proj, L2=objective == "l2", STEP=step, SELF_VALUES=self_values, QK_NORM=qk_norm, NORM=norm,
+            EMA=True, DELTA=delta, READ=read, BE=BE, PRECISION=_precision(device), num_warps=BE // 16, num_stages=1,
         )  # fmt: skip
     return Y
 
@@ -1567,9 +1640,8 @@ def _symmetric_product(
 ):
     """Y = beta C + alpha X X^T for X (n, M, K), Y and a symmetric C (n, M, M). Grid (tiles from the diagonal down, n)."""
     p, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = ((tl.sqrt(8.0 * p + 1.0) - 1.0) / 2.0).to(
-        tl.int32
-    )  # rows above hold row (row + 1) / 2 tiles; the root may be off
+    # Rows of tiles above this one hold row (row + 1) / 2 tiles; the root may be off by one.
+    row = ((tl.sqrt(8.0 * p + 1.0) - 1.0) / 2.0).to(tl.int32)
     row = tl.where(row * (row + 1) // 2 > p, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= p, row + 1, row)
     i, j = row * B + tl.arange(0, B), (p - row * (row + 1) // 2) * B + tl.arange(0, B)
@@ -1598,18 +1670,7 @@ def _symmetric(X: Tensor, C: Tensor | None = None, beta: float = 0.0, alpha: flo
     precision = _precision(X.device) if X.dtype == torch.float32 else "half"
     with _on(X.device):
         _symmetric_product[tiles * (tiles + 1) // 2, n](
-            X,
-            X if C is None else C,
-            Y,
-            m,
-            k,
-            beta,
-            alpha,
-            C is not None,
-            B,
-            32,
-            precision,
-            num_warps=B // 16,
-            num_stages=3,
-        )
+            X, X if C is None else C, Y, m, k, beta, alpha, C is not None, B, 32, precision,
+            num_warps=B // 16, num_stages=3,
+        )  # fmt: skip
     return Y
