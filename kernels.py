@@ -42,10 +42,7 @@ __all__ = [
 
 class Gates(NamedTuple):
     """What the gates of a chunk of c tokens make of its writes, for every time t = 0..c and token s = 1..c; the letters
-    are those of the derivation: D and T, the products of consecutive alpha and theta.
-
-    Without momentum only the first two.
-    """
+    are those of the derivation: D and T, the products of consecutive alpha and theta. Without momentum, the first two."""
 
     gamma: Tensor  # (..., c + 1): what is left at t of the memory at the start
     decay: Tensor  # (..., c + 1, c), D: what is left at t of a write at s
@@ -84,13 +81,8 @@ def chunk_gates(alpha: Tensor, theta: Tensor | None, ema: bool = False) -> Gates
     return Gates(gamma, decay, through[..., 1:], through[..., 0], momentum[..., -1, :])
 
 
-class _Rule(NamedTuple):
-    """What is the same for all tokens of a chunk, see `dgd_chunk`."""
-
-    ema: bool = False
-    inclusive: bool = False
-    delta: bool = True
-    readers: int | None = None
+# What is the same for all tokens of a chunk, see `dgd_chunk`.
+_Rule = namedtuple("_Rule", "ema inclusive delta readers")
 
 
 def dgd_chunk(
@@ -135,24 +127,17 @@ def dgd_chunk(
     return _reference(*inputs, rule, gates, MX)
 
 
-def _check_chunk(M, m, X, D, Q, eta, alpha, theta) -> None:
+def _check_chunk(*inputs: Tensor | None) -> None:
     """ValueError for inputs of `dgd_chunk` that do not fit."""
+    M, m, X, D, Q, eta, alpha, theta = inputs
     if m is not None and theta is None:
         raise ValueError("dgd_chunk: m was given without theta; pass theta (..., c), or leave m out")
-    c = X.shape[-2]
-    for name, gate in (("eta", eta), ("alpha", alpha), ("theta", theta)):
-        if gate is not None and gate.shape[-1] != c:
-            raise ValueError(f"dgd_chunk: {name} has {gate.shape[-1]} entries for {c} tokens; it needs one a token")
-    if D.shape[-2] != c or D.shape[-1] != M.shape[-2] or X.shape[-1] != M.shape[-1]:
-        raise ValueError(
-            f"dgd_chunk: M {tuple(M.shape)}, X {tuple(X.shape)}, D {tuple(D.shape)} do not fit; "
-            "M is (..., o, i), X (..., c, i), D (..., c, o)"
-        )
-    for name, z, shape in (("m", m, M.shape[-2:]), ("Q", Q, X.shape[-2:])):
-        if z is not None and z.shape[-2:] != shape:
-            raise ValueError(f"dgd_chunk: {name} is {tuple(z.shape)}; it needs to end in {tuple(shape)}")
-    names = "M", "m", "X", "D", "Q", "eta", "alpha", "theta"
-    for name, z in zip(names, (M, m, X, D, Q, eta, alpha, theta)):
+    (o, i), c = M.shape[-2:], X.shape[-2]
+    endings = (o, i), (o, i), (c, i), (c, o), (c, i), (c,), (c,), (c,)
+    for name, z, ending in zip(("M", "m", "X", "D", "Q", "eta", "alpha", "theta"), inputs, endings):
+        if z is not None and z.shape[-len(ending) :] != ending:
+            sizes = f"M is (..., {o}, {i}), and X has {c} tokens"
+            raise ValueError(f"dgd_chunk: {name} is {tuple(z.shape)}; it needs to end in {ending}: {sizes}")
         if z is not None and not z.dtype.is_floating_point:
             raise ValueError(f"dgd_chunk: {name} is {z.dtype}; it needs a floating type, as in {name}.float()")
 
@@ -290,11 +275,9 @@ def _derivatives(fn: Callable, inputs: tuple, grads: tuple) -> list[Tensor | Non
     inputs = [None if z is None else z.view_as(z) for z in inputs]
     pairs = [(z, g) for z, g in zip(fn(*inputs), grads) if z is not None and g is not None]
     wanted = [k for k, z in enumerate(inputs) if z is not None and z.requires_grad]
-    found = torch.autograd.grad(
-        [z for z, _ in pairs], [inputs[k] for k in wanted], [g for _, g in pairs], create_graph=True, allow_unused=True
-    )
-    by_place = dict(zip(wanted, found))
-    return [by_place.get(k) for k in range(len(inputs))]
+    outputs, grads = [z for z, _ in pairs], [g for _, g in pairs]
+    found = torch.autograd.grad(outputs, [inputs[k] for k in wanted], grads, create_graph=True, allow_unused=True)
+    return [dict(zip(wanted, found)).get(k) for k in range(len(inputs))]
 
 
 def _writes_backward(at_X, X, D, eta, Q, decay, gain, keep, P, inverse, V, layout: _Layout, dM, dm, dR):
@@ -368,21 +351,18 @@ def _writes_backward(at_X, X, D, eta, Q, decay, gain, keep, P, inverse, V, layou
 def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False, delta=True, ema=False):
     """The specification of `dgd_chunk`: the same arguments, one token at a time, as the equations are written."""
     momentum = theta is not None
-    if momentum and m is None:
-        m = torch.zeros_like(M)
+    m = torch.zeros_like(M) if momentum and m is None else m
     reads = []
     for t in range(X.shape[-2]):
-        x, d = X[..., t, :], D[..., t, :]
-        step, keep = eta[..., t, None, None], alpha[..., t, None, None]
+        x, d, step, keep = X[..., t, :, None], D[..., t, :, None], eta[..., t, None, None], alpha[..., t, None, None]
         before = M
-        write = -step * d.unsqueeze(-1) * x.unsqueeze(-2)
+        write = -step * d * x.mT
         if momentum:
             kept = theta[..., t, None, None]
-            m = kept * m + (write * (1 - kept) if ema else write)
-            write = m
+            write = m = kept * m + (write * (1 - kept) if ema else write)
         M = keep * M + write
         if delta:
-            M = M - step * (before @ x.unsqueeze(-1)) * x.unsqueeze(-2)
+            M = M - step * (before @ x) * x.mT
         if Q is not None:
             reads.append(((M if inclusive else before) @ Q[..., t, :, None]).squeeze(-1))
     return M, m if momentum else None, torch.stack(reads, -2) if reads else None
@@ -411,9 +391,7 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     if not G.dtype.is_floating_point:
         raise ValueError(f"newton_schulz: G is {G.dtype}; it needs a floating type, as in G.float()")
     if G.ndim < 2 or steps < 1:
-        raise ValueError(
-            f"newton_schulz: G has shape {tuple(G.shape)}, steps is {steps}; needs (..., m, n) and 1 or more"
-        )
+        raise ValueError(f"newton_schulz: G has shape {tuple(G.shape)}, steps is {steps}; needs (..., m, n), 1 or more")
     if G.numel() == 0:
         return G.clone()
     if dtype is None:
@@ -448,13 +426,9 @@ def uses_triton(z: Tensor) -> bool:
     if choice == "triton" and triton is None:
         raise RuntimeError("HOPE_KERNELS is triton, which is not installed; `pip install triton`, or set it to auto")
     if choice == "triton" and not z.is_cuda and not os.environ.get("TRITON_INTERPRET"):
-        raise RuntimeError(
-            f"HOPE_KERNELS is triton, which needs a GPU, but tensors are on {z.device}; move them, or set it to auto"
-        )
+        raise RuntimeError(f"HOPE_KERNELS is triton, which needs a GPU, but tensors are on {z.device}; set it to auto")
     if choice == "auto" and triton is not None and z.is_cuda and (0, 0) < _capability(z.device) < (8, 0):
-        _fall_back(
-            "GPUs before sm_80 have neither TF32 nor bfloat16 products, and kernels spill there; HOPE_KERNELS=triton tries"
-        )
+        _fall_back("GPUs before sm_80 have neither TF32 nor bfloat16 products; HOPE_KERNELS=triton tries")
         return False
     return triton is not None and (choice == "triton" or choice == "auto" and z.is_cuda)
 
@@ -498,14 +472,11 @@ def _suits(*tensors: Tensor | None) -> bool:
     """Whether `dgd_chunk`'s kernels take these M, m, X, ...; a warning, once, says why not."""
     M, _, X = tensors[:3]
     wrong = {z.dtype for z in tensors if z is not None} - {torch.float32, torch.bfloat16, torch.float16}
-    why = None
     if wrong:
-        why = f"no kernel for {', '.join(map(str, wrong))}; use float32 or bfloat16"
+        _fall_back(f"no kernel for {', '.join(map(str, wrong))}; use float32 or bfloat16")
     elif max(M.shape[-2:]) > 256:
-        why = f"a memory of {M.shape[-2]} x {M.shape[-1]} is wider than 256; use more heads or a smaller `expand`"
-    if why:
-        _fall_back(why)
-    return why is None and min(M.numel(), X.numel()) > 0
+        _fall_back(f"a memory of {M.shape[-2]} x {M.shape[-1]} is wider than 256; use more heads or a smaller `expand`")
+    return not wrong and max(M.shape[-2:]) <= 256 and min(M.numel(), X.numel()) > 0
 
 
 def _on(device: torch.device):
@@ -534,18 +505,17 @@ def _on(device: torch.device):
 BC = constexpr(16)  # tokens in a block
 BI = constexpr(16)  # columns in a tile of a memory
 
-# What a block of tokens keeps in global memory: squares (BC, BC), then lines (BC,); the size in numbers.
-FORWARD_SQUARES, BACKWARD_SQUARES = constexpr(4), constexpr(5)
-FORWARD_WORK = (FORWARD_SQUARES * BC + 8) * BC  # see `_put_gates`
-BACKWARD_WORK = (BACKWARD_SQUARES * BC + 9) * BC  # see `_chunk_backward_tokens`
+# What a block of tokens keeps in global memory: lines (BC,), then squares (BC, BC); the size in numbers.
+LINES = constexpr(9)
+FORWARD_WORK = (LINES + 4 * BC) * BC  # see `_put_gates`
+BACKWARD_WORK = (LINES + 5 * BC) * BC  # see `_chunk_backward_tokens`
 
 # Tokens in memory from p on: `size` numbers each, `row` numbers from the beginning of one to that of the next.
 _Stream = namedtuple("_Stream", "p row size")
 # The gates of a block, (BC,), and their products: before each, after each (0 for padding), of all, and (BC, BC) between
 # s and t, both left out, 0 for s >= t.
 _Decays = namedtuple("_Decays", "now before after all between")
-# What a read at t has of the start's M (before) and m (gain_m), (BC,), and of writes p (between) and d (gain), (BC,
-# BC).
+# What a read at t has of the start's M (before) and m (gain_m), and of writes p (between) and d (gain), (BC, BC).
 _Reads = namedtuple("_Reads", "before gain_m between gain")
 # What a block's end has: M of the start's M (all) and m (gain_m) and of writes p (after) and d (gain), (BC,); m of the
 # start's m (keep_m) and of writes d (keep).
@@ -554,9 +524,8 @@ _End = namedtuple("_End", "all gain_m keep_m after gain keep")
 # BC) and of the start's m (BC,); the weight of a write as it enters m. Without momentum a write d reaches M at once, as
 # p does, and what belongs to the momentum are placeholders.
 _BlockGates = namedtuple("_BlockGates", "alpha theta reads end in_m start_in_m weight")
-# A block of tokens for rows o of one memory when its gradients go on to X, Q and the gates: the streams (p and dz are
-# None without the delta term, q and dr without queries), the states at its start, the gradients of those at its end (m
-# and end_m are None without momentum).
+# A block of tokens for rows o of one memory on the way back: streams (None without the delta term or queries), the states
+# at its start, the gradients of those at its end (m is None without momentum).
 _Saved = namedtuple("_Saved", "x d p dz q dr read step M m end end_m work left o")
 
 
@@ -608,22 +577,16 @@ def _steps(eta, left):
 
 
 @jit
+def _line(work, k):
+    """Where the k-th line of a block's work is."""
+    return work + k * BC + tl.arange(0, BC)
+
+
+@jit
 def _square(work, k):
-    """Load the k-th square of a block's work."""
+    """Where the k-th square of a block's work is."""
     t = tl.arange(0, BC)
-    return tl.load(work + k * BC * BC + t[:, None] * BC + t[None, :])
-
-
-@jit
-def _put_square(work, k, value):
-    t = tl.arange(0, BC)
-    tl.store(work + k * BC * BC + t[:, None] * BC + t[None, :], value)
-
-
-@jit
-def _line(work, squares, k):
-    """Where the k-th line of a block's work is, which follows its squares."""
-    return work + squares * BC * BC + k * BC + tl.arange(0, BC)
+    return work + (LINES + k * BC) * BC + t[:, None] * BC + t[None, :]
 
 
 @jit
@@ -650,12 +613,9 @@ def _decays(gate, left):
 def _gates(alpha, theta, left, EMA: tl.constexpr, PRECISION: tl.constexpr):
     """The `_BlockGates` of a block."""
     a = _decays(alpha, left)
-    th, reads, end = (
-        a,
-        _Reads(a.before, a.before, a.between, a.between),
-        _End(a.all, a.all, a.all, a.after, a.after, a.after),
-    )
-    in_m, start_in_m, weight = a.between, a.now, a.now
+    th, in_m, start_in_m, weight = a, a.between, a.now, a.now
+    reads = _Reads(a.before, a.before, a.between, a.between)
+    end = _End(a.all, a.all, a.all, a.after, a.after, a.after)
     if theta is not None:
         th = _decays(theta, left)
         weight = 1.0 - th.now if EMA else tl.full((BC,), 1.0, tl.float32)
@@ -691,29 +651,19 @@ def _put_gates(work, alpha, theta, left, EMA: tl.constexpr, INCLUSIVE: tl.conste
     _put_reads(work, 0, g.reads)
     if INCLUSIVE:
         _put_reads(work, 2, _reads_of_queries(g, theta, INCLUSIVE))
-    tl.store(_line(work, FORWARD_SQUARES, 4), g.end.after)
-    tl.store(_line(work, FORWARD_SQUARES, 5), g.end.gain)
-    tl.store(_line(work, FORWARD_SQUARES, 6), g.end.keep)
-    scalars = tl.where(t == 0, g.end.all, tl.where(t == 1, g.end.gain_m, g.end.keep_m))
-    tl.store(_line(work, FORWARD_SQUARES, 7), scalars)
+    tl.store(_line(work, 4), g.end.after)
+    tl.store(_line(work, 5), g.end.gain)
+    tl.store(_line(work, 6), g.end.keep)
+    tl.store(_line(work, 7), tl.where(t == 0, g.end.all, tl.where(t == 1, g.end.gain_m, g.end.keep_m)))
     tl.debug_barrier()
 
 
 @jit
 def _put_reads(work, k, reads):
-    _put_square(work, k, reads.between)
-    _put_square(work, k + 1, reads.gain)
-    tl.store(_line(work, FORWARD_SQUARES, k), reads.before)
-    tl.store(_line(work, FORWARD_SQUARES, k + 1), reads.gain_m)
-
-
-@jit
-def _end_of(work):
-    """The `_End` that `_put_gates` left."""
-    scalars = work + FORWARD_SQUARES * BC * BC + 7 * BC
-    after, gain = tl.load(_line(work, FORWARD_SQUARES, 4)), tl.load(_line(work, FORWARD_SQUARES, 5))
-    keep = tl.load(_line(work, FORWARD_SQUARES, 6))
-    return _End(tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2), after, gain, keep)
+    tl.store(_square(work, k), reads.between)
+    tl.store(_square(work, k + 1), reads.gain)
+    tl.store(_line(work, k), reads.before)
+    tl.store(_line(work, k + 1), reads.gain_m)
 
 
 @jit
@@ -728,8 +678,8 @@ def _inverse(A):
 
 
 @jit
-def _write(M, m, x, step, d, p, end, o, left, O, to_M, to_m, PRECISION: tl.constexpr):
-    """A block of writes: rows o of memory M and momentum m, tile by tile, into to_M and to_m, which may be M and m."""
+def _write(M, m, x, step, d, p, end, o, left, O, PRECISION: tl.constexpr):
+    """A block of writes to rows o of memory M and momentum m, in place, tile by tile."""
     writes = end.gain[None, :] * d
     if p is not None:
         writes += end.after[None, :] * p
@@ -742,9 +692,9 @@ def _write(M, m, x, step, d, p, end, o, left, O, to_M, to_m, PRECISION: tl.const
             w += end.gain_m * w_m
             w_m = end.keep_m * w_m - _dot(end.keep[None, :] * d, xe, PRECISION)
         tl.debug_barrier()
-        _store_matrix(to_M, w, o, i, O, x.size)
+        _store_matrix(M, w, o, i, O, x.size)
         if m is not None:
-            _store_matrix(to_m, w_m, o, i, O, x.size)
+            _store_matrix(m, w_m, o, i, O, x.size)
 
 
 @jit
@@ -764,63 +714,73 @@ def _reader(n, memories, readers):
 
 
 @jit
-def _read(M, m, x, at, step, d, work, k, o, left, INVERT: tl.constexpr, PRECISION: tl.constexpr):
-    """With the gates from square and line k on, and S = (step x) at^T:  before M at^T + gain_m m at^T - d (gain S),
-    which is a read at the tokens `at` but for what p adds,  -p (between S);  and A = between S, or (1 + A)^-1."""
-    O = d.size
-    y, S = tl.zeros((o.shape[0], BC), tl.float32), tl.zeros((BC, BC), tl.float32)
-    y_m = y
-    for i0 in tl.range(0, x.size, BI, disable_licm=True):
-        i = i0 + tl.arange(0, BI)
-        z = _tokens(at, i, left)
-        S += _dot(tl.trans(_tokens(x, i, left) * step[None, :]), z, PRECISION)
-        y += _dot(_matrix(M, o, i, O, x.size), z, PRECISION)
-        if m is not None:
-            y_m += _dot(_matrix(m, o, i, O, x.size), z, PRECISION)
-    tl.debug_barrier()
-    A = _square(work, k) * S
-    if INVERT:  # here and not later: the order decides how much registers hold
-        A = _inverse(A)
-    gain = _square(work, k + 1)
-    y = tl.load(_line(work, FORWARD_SQUARES, k))[None, :] * y - _dot(_tokens(d, o, left), gain * S, PRECISION)
-    if m is not None:
-        y += tl.load(_line(work, FORWARD_SQUARES, k + 1))[None, :] * y_m
-    return y, A
-
-
-@jit
 def _block(
     M, m, x, d, q, read, step, work, o, left, to_p,
     DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens for rows o of one memory, with the gates that `_put_gates` left in `work`: p solves
-    p (1 + between S) = `_read` at x;  r is the read at q;  `_write` ends the block.
+    """A block of tokens for rows o of one memory, with the gates that `_put_gates` left in `work`. With Y = M X^T and
+    S = (step X) X^T,  p = (before Y - d (gain S)) (1 + between S)^-1;  a read r is the same sum at q, less p (between S).
 
     Writes M and m in place, p to the stream to_p if there is one; returns r (BO, BC), zeros unless `read`.
     """
-    r, p = tl.zeros((o.shape[0], BC), tl.float32), None
+    O, I = d.size, x.size
+    zero, no_scores = tl.zeros((o.shape[0], BC), tl.float32), tl.zeros((BC, BC), tl.float32)
+    r, p = zero, None
     if DELTA:
-        y, inverse = _read(M, m, x, x, step, d, work, 0, o, left, True, PRECISION)
-        p = _dot(y, inverse, PRECISION)
+        y, y_m, S = zero, zero, no_scores
+        for i0 in tl.range(0, I, BI, disable_licm=True):
+            i = i0 + tl.arange(0, BI)
+            z = _tokens(x, i, left)
+            S += _dot(tl.trans(z * step[None, :]), z, PRECISION)
+            y += _dot(_matrix(M, o, i, O, I), z, PRECISION)
+            if m is not None:
+                y_m += _dot(_matrix(m, o, i, O, I), z, PRECISION)
+        tl.debug_barrier()
+        inverse = _inverse(tl.load(_square(work, 0)) * S)
+        gain = tl.load(_square(work, 1))
+        p = tl.load(_line(work, 0))[None, :] * y - _dot(_tokens(d, o, left), gain * S, PRECISION)
+        if m is not None:
+            p += tl.load(_line(work, 1))[None, :] * y_m
+        p = _dot(p, inverse, PRECISION)
         if to_p is not None:
             _store_tokens(to_p, p, o, left)
         tl.debug_barrier()
     if q is not None and read:
-        r, A = _read(M, m, x, q, step, d, work, 2 if INCLUSIVE else 0, o, left, False, PRECISION)
-        if DELTA:
-            r -= _dot(p, A, PRECISION)
+        k: tl.constexpr = 2 if INCLUSIVE else 0  # the first of the reads' squares and lines
+        r_m, S = zero, no_scores
+        for i0 in tl.range(0, I, BI, disable_licm=True):
+            i = i0 + tl.arange(0, BI)
+            z = _tokens(q, i, left)
+            S += _dot(tl.trans(_tokens(x, i, left) * step[None, :]), z, PRECISION)
+            r += _dot(_matrix(M, o, i, O, I), z, PRECISION)
+            if m is not None:
+                r_m += _dot(_matrix(m, o, i, O, I), z, PRECISION)
         tl.debug_barrier()
-    _write(M, m, x, step, _tokens(d, o, left), p, _end_of(work), o, left, d.size, M, m, PRECISION)
+        gain = tl.load(_square(work, k + 1))
+        r = tl.load(_line(work, k))[None, :] * r - _dot(_tokens(d, o, left), gain * S, PRECISION)
+        if m is not None:
+            r += tl.load(_line(work, k + 1))[None, :] * r_m
+        if DELTA:
+            r -= _dot(p, tl.load(_square(work, k)) * S, PRECISION)
+        tl.debug_barrier()
+    scalars = work + 7 * BC
+    end = _End(
+        tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2),
+        tl.load(_line(work, 4)), tl.load(_line(work, 5)), tl.load(_line(work, 6)),
+    )  # fmt: skip
+    _write(M, m, x, step, _tokens(d, o, left), p, end, o, left, O, PRECISION)
     return r
 
 
 @jit
 def _chunk_forward(
-    M, m, X, D, Q, eta, alpha, theta, at, M_end, m_end, R, P, work, c, memories, readers, x_row, d_row, q_row, O, I,
+    M, m, X, D, Q, eta, alpha, theta, at, M_end, m_end, R, P, states, work, c, memories, readers,
+    x_row, d_row, q_row, O, I,
     BO: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dgd_chunk`: block of tokens by block, what `_block` says. Grid (memories in all, blocks of rows); at: (n, 8), where
-    each one's part of the eight inputs begins; P only if there is a backward pass to come."""
+    each one's part of the eight inputs begins. A backward pass runs it again, to have P and states (n, blocks, 2, O, I),
+    those that blocks of tokens start from."""
     n = tl.program_id(0).to(tl.int64)
     read, n_read = _reader(n, memories, readers)
     at += n * 8
@@ -836,15 +796,19 @@ def _chunk_forward(
     work += (n * tl.num_programs(1) + tl.program_id(1)) * FORWARD_WORK
     for s in tl.range(0, c, BC, disable_licm=True):
         tl.debug_barrier()
+        if states is not None:
+            state = states + (n * tl.cdiv(c, BC) + s // BC) * (2 * O * I)
+            _copy(state, M_end, o, O, I)
+            if theta is not None:
+                _copy(state + O * I, m_end, o, O, I)
         left = min(BC, c - s)
         th = None if theta is None else theta + tl.load(at + 7) + s
         _put_gates(work, alpha + tl.load(at + 6) + s, th, left, EMA, INCLUSIVE, PRECISION)
         q = None if Q is None else _Stream(Q + s * q_row, q_row, I)
         p = None if P is None else _Stream(P + (n * c + s) * O, O, O)
-        r = _block(
-            M_end, m_end, _Stream(X + s * x_row, x_row, I), _Stream(D + s * d_row, d_row, O), q, read,
-            _steps(eta + s, left), work, o, left, p, DELTA, INCLUSIVE, PRECISION,
-        )  # fmt: skip
+        x, d = _Stream(X + s * x_row, x_row, I), _Stream(D + s * d_row, d_row, O)
+        step = _steps(eta + s, left)
+        r = _block(M_end, m_end, x, d, q, read, step, work, o, left, p, DELTA, INCLUSIVE, PRECISION)
         if Q is not None:
             _store_tokens(_Stream(R + (n_read * c + s) * O, O, O), r, o, left * read)
 
@@ -859,39 +823,11 @@ def _decays_backward(g, d_before, d_after, d_all, d_between, PRECISION: tl.const
 
 
 @jit
-def _chunk_states(
-    M, m, X, D, eta, alpha, theta, at, P, states, c, x_row, d_row, O, I,
-    BO: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The states that blocks of tokens start from, (n, blocks, 2, O, I): what `_block` writes, from P, without a solve."""
-    n = tl.program_id(0).to(tl.int64)
-    at += n * 8
-    o = tl.program_id(1) * BO + tl.arange(0, BO)
-    X, D, eta, alpha = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5), alpha + tl.load(at + 6)
-    states += n * tl.cdiv(c, BC) * (2 * O * I)
-    _copy(states, M + tl.load(at), o, O, I)
-    if theta is not None:
-        theta += tl.load(at + 7)
-        _copy(states + O * I, m if m is None else m + tl.load(at + 1), o, O, I)
-    for s in tl.range(0, c - BC, BC, disable_licm=True):
-        tl.debug_barrier()
-        g = _gates(alpha + s, None if theta is None else theta + s, BC, EMA, PRECISION)
-        _write(
-            states, None if theta is None else states + O * I, _Stream(X + s * x_row, x_row, I), _steps(eta + s, BC),
-            _tokens(_Stream(D + s * d_row, d_row, O), o, BC),
-            _tokens(_Stream(P + (n * c + s) * O, O, O), o, BC) if DELTA else None,
-            g.end, o, BC, O, states + 2 * O * I, states + 3 * O * I, PRECISION,
-        )  # fmt: skip
-        states += 2 * O * I
-
-
-@jit
 def _start_gradient(w, w_m, at, dy, reads, o, i, left, PRECISION: tl.constexpr):
     """Tiles w, w_m of the gradients of a block's start, with what reads at the tokens `at` with gradient dy add."""
     x, y = tl.trans(_tokens(at, i, left)), _tokens(dy, o, left)
     w += _dot(reads.before[None, :] * y, x, PRECISION)
-    if w_m is not None:
-        w_m += _dot(reads.gain_m[None, :] * y, x, PRECISION)
+    w_m += _dot(reads.gain_m[None, :] * y, x, PRECISION)  # of no use without momentum, and then left out
     return w, w_m
 
 
@@ -902,7 +838,7 @@ def _chunk_backward(
 ):  # fmt: skip
     """The part of the backward pass that goes from token to token: dM, dm, dD, and dZ (n, c, O), the gradient of what the
     solve turns into P. On the grid of `_chunk_forward`, block of tokens by block from the last one on. In the letters of
-    `_read`, with _q for what queries see, _end for the block's end, U = dM (step X)^T and U_m the same of dm:
+    `_block`, with _q for what queries see, _end for the block's end, U = dM (step X)^T and U_m the same of dm:
 
         dz = -(after U + dR (between_q S_q)^T) (1 + between S)^-T
         dd = -gain_end U - keep U_m - dR (gain_q S_q)^T - dz (gain S)^T
@@ -950,14 +886,14 @@ def _chunk_backward(
                 S_q += _dot(tl.trans(xe), _tokens(q, i, left), PRECISION)
         d = _tokens(_Stream(D + s * d_row, d_row, O), o, left)
         dd = -g.end.gain[None, :] * u
-        tl.store(_line(work, BACKWARD_SQUARES, 0), -tl.sum(d * u, 0))
+        tl.store(_line(work, 0), -tl.sum(d * u, 0))
         if DELTA:
             dz = -g.end.after[None, :] * u
             p = _tokens(_Stream(P + (n * c + s) * O, O, O), o, left)
-            tl.store(_line(work, BACKWARD_SQUARES, 1), -tl.sum(p * u, 0))
+            tl.store(_line(work, 1), -tl.sum(p * u, 0))
         if theta is not None:
             dd -= g.end.keep[None, :] * u_m
-            tl.store(_line(work, BACKWARD_SQUARES, 2), -tl.sum(d * u_m, 0))
+            tl.store(_line(work, 2), -tl.sum(d * u_m, 0))
         reads_q = _reads_of_queries(g, theta, INCLUSIVE)
         if Q is not None and read:
             dr = _tokens(dy, o, left)
@@ -972,9 +908,10 @@ def _chunk_backward(
         tl.debug_barrier()
         for i0 in tl.range(0, I, BI, disable_licm=True):
             i = i0 + tl.arange(0, BI)
-            end, w_m = _matrix(dM, o, i, O, I), None
+            end = _matrix(dM, o, i, O, I)
             _store_matrix(ends, end, o, i, O, I)
             w = g.end.all * end
+            w_m = w
             if theta is not None:
                 end_m = _matrix(dm, o, i, O, I)
                 _store_matrix(ends + O * I, end_m, o, i, O, I)
@@ -988,26 +925,6 @@ def _chunk_backward(
             if theta is not None:
                 _store_matrix(dm, w_m, o, i, O, I)
         tl.debug_barrier()
-
-
-class _Saved(NamedTuple):
-    """A block of tokens for rows o of one memory, and what is known when its gradients go on to X, Q and the gates."""
-
-    x: _Stream
-    d: _Stream
-    p: _Stream  # None without the delta term, as dz
-    dz: _Stream
-    q: _Stream  # None without queries, as dr
-    dr: _Stream
-    read: tl.tensor
-    step: tl.tensor
-    M: tl.tensor  # the states at the block's start; m is None without momentum, as end_m
-    m: tl.tensor
-    end: tl.tensor  # the gradients of the states at the block's end
-    end_m: tl.tensor
-    work: tl.tensor
-    left: tl.tensor
-    o: tl.tensor
 
 
 @jit
@@ -1068,21 +985,21 @@ def _backward_scores(b, alpha, theta, EMA: tl.constexpr, INCLUSIVE: tl.constexpr
     d_now, d_between = tl.zeros((BC,), tl.float32), tl.zeros((BC, BC), tl.float32)
     d_gain = d_between
     if INCLUSIVE:
-        _put_square(b.work, 4, d_gain)
+        tl.store(_square(b.work, 4), d_gain)
     if b.q is not None and b.read:
         minus_dS, d_between, d_gain = _score_gradients(b, b.q, b.dr, _reads_of_queries(g, theta, INCLUSIVE), PRECISION)
-        _put_square(b.work, 0, minus_dS)
+        tl.store(_square(b.work, 0), minus_dS)
         if INCLUSIVE:
             d_now += tl.sum(d_gain * g.reads.gain + d_between * g.reads.between, 0)
-            _put_square(b.work, 4, d_gain)
+            tl.store(_square(b.work, 4), d_gain)
             d_gain, d_between = g.alpha.now[None, :] * d_gain, g.alpha.now[None, :] * d_between
     if b.p is not None:
         minus_dS, more_between, more_gain = _score_gradients(b, b.x, b.dz, g.reads, PRECISION)
-        _put_square(b.work, 1, minus_dS)
+        tl.store(_square(b.work, 1), minus_dS)
         d_between, d_gain = d_between + more_between, d_gain + more_gain
-    _put_square(b.work, 2, d_between)
-    _put_square(b.work, 3, d_gain)
-    tl.store(_line(b.work, BACKWARD_SQUARES, 3), d_now)
+    tl.store(_square(b.work, 2), d_between)
+    tl.store(_square(b.work, 3), d_gain)
+    tl.store(_line(b.work, 3), d_now)
 
 
 @jit
@@ -1109,11 +1026,8 @@ def _read_backward(b, at, dy, reads, i, PRECISION: tl.constexpr):
     """Of reads at the tokens `at` with gradient dy, by way of the start: numbers i of the gradient of `at`, and what
     they give to those of before and gain_m."""
     y = _dot(tl.trans(_matrix(b.M, b.o, i, dy.size, at.size)), _tokens(dy, b.o, b.left), PRECISION)
-    d_at, d_before, d_gain_m = (
-        reads.before[None, :] * y,
-        tl.sum(_tokens(at, i, b.left) * y, 0),
-        tl.zeros((BC,), tl.float32),
-    )
+    d_at, d_before = reads.before[None, :] * y, tl.sum(_tokens(at, i, b.left) * y, 0)
+    d_gain_m = tl.zeros((BC,), tl.float32)
     tl.debug_barrier()
     if b.m is not None:
         y = _dot(tl.trans(_matrix(b.m, b.o, i, dy.size, at.size)), _tokens(dy, b.o, b.left), PRECISION)
@@ -1136,7 +1050,7 @@ def _backward_scalars(b):
             m = _matrix(b.m, b.o, i, O, I)
             d_keep_m = tl.sum(m * _matrix(b.end_m, b.o, i, O, I))
             scalars += tl.where(t == 1, tl.sum(m * end), tl.where(t == 2, d_keep_m, 0.0))
-    tl.store(_line(b.work, BACKWARD_SQUARES, 8), scalars)
+    tl.store(_line(b.work, 8), scalars)
 
 
 @jit
@@ -1148,10 +1062,10 @@ def _backward_queries(b, to_q, reads, PRECISION: tl.constexpr):
             i = i0 + tl.arange(0, BI)
             dq, more, more_m = _read_backward(b, b.q, b.dr, reads, i, PRECISION)
             d_before, d_gain_m = d_before + more, d_gain_m + more_m
-            dq -= _dot(_tokens(b.x, i, b.left) * b.step[None, :], _square(b.work, 0), PRECISION)
+            dq -= _dot(_tokens(b.x, i, b.left) * b.step[None, :], tl.load(_square(b.work, 0)), PRECISION)
             _store_tokens(to_q, dq, i, b.left)
-    tl.store(_line(b.work, BACKWARD_SQUARES, 5), d_before)
-    tl.store(_line(b.work, BACKWARD_SQUARES, 7), d_gain_m)
+    tl.store(_line(b.work, 5), d_before)
+    tl.store(_line(b.work, 7), d_gain_m)
 
 
 @jit
@@ -1166,7 +1080,7 @@ def _backward_inputs(b, to_x, g, PRECISION: tl.constexpr):
         if b.p is not None:
             dx, more, more_m = _read_backward(b, b.x, b.dz, g.reads, i, PRECISION)
             d_before, d_gain_m = d_before + more, d_gain_m + more_m
-            x, minus_dS = _tokens(b.x, i, b.left), _square(b.work, 1)
+            x, minus_dS = _tokens(b.x, i, b.left), tl.load(_square(b.work, 1))
             dx -= _dot(x * b.step[None, :], minus_dS, PRECISION)
             dxe -= _dot(x, tl.trans(minus_dS), PRECISION)
             tl.debug_barrier()
@@ -1178,50 +1092,34 @@ def _backward_inputs(b, to_x, g, PRECISION: tl.constexpr):
             dxe -= _dot(tl.trans(_matrix(b.end_m, b.o, i, O, I)), writes, PRECISION)
             tl.debug_barrier()
         if b.q is not None and b.read:
-            dxe -= _dot(_tokens(b.q, i, b.left), tl.trans(_square(b.work, 0)), PRECISION)
+            dxe -= _dot(_tokens(b.q, i, b.left), tl.trans(tl.load(_square(b.work, 0))), PRECISION)
         d_step += tl.sum(dxe * _tokens(b.x, i, b.left), 0)
         _store_tokens(to_x, dx + dxe * b.step[None, :], i, b.left)
         tl.debug_barrier()
-    tl.store(_line(b.work, BACKWARD_SQUARES, 4), d_before)
-    tl.store(_line(b.work, BACKWARD_SQUARES, 6), d_gain_m)
+    tl.store(_line(b.work, 4), d_before)
+    tl.store(_line(b.work, 6), d_gain_m)
     return d_step
 
 
 @jit
 def _chunk_backward_gates(
-    alpha, theta, at, work, d_alpha, d_theta, c, row_blocks,
+    alpha, theta, at, work, d_alpha, d_theta, c,
     EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_alpha, d_theta (n, c) from the products of gates, whose gradients are in `work`, a part for each of the
-    blocks of rows. Grid (n, blocks of tokens)."""
+    """d_alpha, d_theta (n, c) from the gradients in `work`, of products of gates. Grid (n, blocks of tokens)."""
     n = tl.program_id(0).to(tl.int64)
     s, t = tl.program_id(1) * BC, tl.arange(0, BC)
     left = min(BC, c - s)
     alpha += tl.load(at + n * 8 + 6) + s
     if theta is not None:
         theta += tl.load(at + n * 8 + 7) + s
-    work += (n * row_blocks * tl.num_programs(1) + tl.program_id(1)) * BACKWARD_WORK
-    d_between, d_gain, d_in_m = (tl.zeros((BC, BC), tl.float32),) * 3
-    d_gain_end, d_after, d_keep, d_now, d_before, d_before_q, d_gain_m, d_gain_m_q, scalars = (
-        tl.zeros((BC,), tl.float32),
-    ) * 9
-    for _ in tl.range(0, row_blocks, disable_licm=True):
-        d_between += _square(work, 2)
-        d_gain += _square(work, 3)
-        d_gain_end += tl.load(_line(work, BACKWARD_SQUARES, 0))
-        if DELTA:
-            d_after += tl.load(_line(work, BACKWARD_SQUARES, 1))
-        if theta is not None:
-            d_keep += tl.load(_line(work, BACKWARD_SQUARES, 2))
-            if INCLUSIVE:
-                d_in_m += _square(work, 4)
-        d_now += tl.load(_line(work, BACKWARD_SQUARES, 3))
-        d_before += tl.load(_line(work, BACKWARD_SQUARES, 4))
-        d_before_q += tl.load(_line(work, BACKWARD_SQUARES, 5))
-        d_gain_m += tl.load(_line(work, BACKWARD_SQUARES, 6))
-        d_gain_m_q += tl.load(_line(work, BACKWARD_SQUARES, 7))
-        scalars += tl.load(_line(work, BACKWARD_SQUARES, 8))
-        work += tl.num_programs(1) * BACKWARD_WORK
+    work += (n * tl.num_programs(1) + tl.program_id(1)) * BACKWARD_WORK
+    d_between, d_gain = tl.load(_square(work, 2)), tl.load(_square(work, 3))
+    d_gain_end, d_now = tl.load(_line(work, 0)), tl.load(_line(work, 3))
+    d_before, d_before_q = tl.load(_line(work, 4)), tl.load(_line(work, 5))
+    d_gain_m, d_gain_m_q = tl.load(_line(work, 6)), tl.load(_line(work, 7))
+    d_after = tl.load(_line(work, 1)) if DELTA else tl.zeros((BC,), tl.float32)
+    scalars = tl.load(_line(work, 8))
     g = _gates(alpha, theta, left, EMA, PRECISION)
     a, th, between = g.alpha, g.theta, g.alpha.between
     d_start = tl.zeros((BC,), tl.float32)
@@ -1235,6 +1133,8 @@ def _chunk_backward_gates(
         d_after += d_gain_end
     else:
         d_gain_m_end, d_keep_m = tl.sum(tl.where(t == 1, scalars, 0.0)), tl.sum(tl.where(t == 2, scalars, 0.0))
+        d_keep = tl.load(_line(work, 2))
+        d_in_m = tl.load(_square(work, 4)) if INCLUSIVE else tl.zeros((BC, BC), tl.float32)
         d_in_m += d_gain_end[:, None] * a.after[None, :]
         d_start += d_gain_m_end * a.after + tl.sum(between * d_gain_m[None, :], 1)
         d_between += _dot(tl.trans(g.in_m), d_gain, PRECISION) + g.start_in_m[:, None] * d_gain_m[None, :]
@@ -1256,12 +1156,6 @@ def _tiles(o: int, i: int, BO: int) -> dict:
     return dict(O=o, I=i, BO=BO, num_warps=BO // 16, num_stages=1)
 
 
-def _run(kernel, grid: tuple, *args, **settings) -> None:
-    """Launch a kernel with those of the settings that it has."""
-    known = {*kernel.arg_names, "num_warps", "num_stages"}
-    kernel[grid](*args, **{k: v for k, v in settings.items() if k in known})
-
-
 @lru_cache(maxsize=512)
 def _begins(lead: tuple, layouts: tuple, device: torch.device) -> Tensor:
     """(n, k) int64: where the part of each of n = prod(lead) memories begins in k tensors of these leading (shape, stride).
@@ -1280,7 +1174,7 @@ def _begins(lead: tuple, layouts: tuple, device: torch.device) -> Tensor:
 
 
 class _TritonChunk(torch.autograd.Function):
-    """`dgd_chunk` by the kernels: one launch forward, four backward; only P is stored."""
+    """`dgd_chunk` by the kernels: one launch forward, four backward; only the inputs are stored."""
 
     @staticmethod
     def forward(ctx, rule, *inputs):
@@ -1295,25 +1189,24 @@ class _TritonChunk(torch.autograd.Function):
         M_end, m_end = new(*lead, o, i), None if theta is None else new(*lead, o, i)
         of_reads = lead if rule.readers is None else (*lead[:-1], rule.readers)
         R = None if Q is None else new(*of_reads, c, o)
-        P = new(*lead, c, o) if rule.delta and any(ctx.needs_input_grad) else None
-        ctx.settings = dict(
-            EMA=rule.ema, DELTA=rule.delta, INCLUSIVE=rule.inclusive, PRECISION=_precision(X.device),
+        ctx.flags = dict(EMA=rule.ema, DELTA=rule.delta, INCLUSIVE=rule.inclusive, PRECISION=_precision(X.device))
+        ctx.sizes = dict(
             memories=1 if rule.readers is None else lead[-1], readers=rule.readers or 1,
-            x_row=X.stride(-2), d_row=D.stride(-2), q_row=0 if Q is None else Q.stride(-2),
+            x_row=X.stride(-2), d_row=D.stride(-2), q_row=0 if Q is None else Q.stride(-2), **ctx.flags,
         )  # fmt: skip
         at, tiles = _begins(tuple(lead), layouts, X.device), _tiles(o, i, 32 if o > 16 else 16)
         grid = len(at), -(-o // tiles["BO"])
         work = new(*grid, FORWARD_WORK.value)
         with _on(X.device):
-            _run(_chunk_forward, grid, *inputs, at, M_end, m_end, R, P, work, c, **ctx.settings, **tiles)
-        ctx.save_for_backward(*inputs, at, P)
+            _chunk_forward[grid](*inputs, at, M_end, m_end, R, None, None, work, c, **ctx.sizes, **tiles)
+        ctx.save_for_backward(*inputs, at)
         ctx.rule, ctx.lead = rule, lead
         ctx.set_materialize_grads(False)
         return M_end, m_end, R
 
     @staticmethod
     def backward(ctx, dM, dm, dR):
-        *inputs, at, P = ctx.saved_tensors
+        *inputs, at = ctx.saved_tensors
         M, m, X, D, Q, eta, alpha, theta = inputs
         if torch.is_grad_enabled():  # a second derivative is wanted: the reference's backward pass has one
             return None, *_derivatives(partial(_reference, rule=ctx.rule), inputs, (dM, dm, dR))
@@ -1328,17 +1221,18 @@ class _TritonChunk(torch.autograd.Function):
         dX, d_eta = new(row_blocks, *lead, c, i), new(row_blocks, *lead, c)
         dQ = None if Q is None else new(row_blocks, *dR.shape[:-1], i)
         d_alpha, d_theta = new(*lead, c), None if theta is None else new(*lead, c)
-        dD, dZ = new(*lead, c, o), None if P is None else new(len(at), c, o)
+        M_end, m_end = torch.empty_like(dM), None if theta is None else torch.empty_like(dm)
+        dD, (P, dZ) = new(*lead, c, o), new(2, len(at), c, o) if ctx.rule.delta else (None, None)
         states, ends = new(len(at), blocks, 2, o, i), new(len(at), blocks, 2, o, i)
         work = new(*grid, blocks, BACKWARD_WORK.value)
-        shared, settings = (X, D, Q, eta, alpha, theta, at, P, dR), dict(**ctx.settings, **tiles)
+        shared, sizes = (X, D, Q, eta, alpha, theta, at, P, dR), dict(**ctx.sizes, **tiles)
         with _on(X.device):
-            _run(_chunk_states, grid, M, m, X, D, eta, alpha, theta, at, P, states, c, **settings)
-            _run(_chunk_backward, grid, *shared, dM, dm, ends, dD, dZ, work, c, **settings)
-            _run(_chunk_backward_tokens, (*grid, blocks), *shared, states, ends, dZ, work, dX, dQ, d_eta, c, **settings)
-            settings["num_warps"] = 1
-            gates = alpha, theta, at, work, d_alpha, d_theta
-            _run(_chunk_backward_gates, (len(at), blocks), *gates, c, row_blocks, **settings)
+            again = M, m, X, D, None, eta, alpha, theta, at, M_end, m_end, None, P, states, work
+            _chunk_forward[grid](*again, c, **sizes)
+            _chunk_backward[grid](*shared, dM, dm, ends, dD, dZ, work, c, **sizes)
+            _chunk_backward_tokens[*grid, blocks](*shared, states, ends, dZ, work, dX, dQ, d_eta, c, **sizes)
+            gates = alpha, theta, at, work.sum(1), d_alpha, d_theta
+            _chunk_backward_gates[len(at), blocks](*gates, c, **ctx.flags, num_warps=1)
         dX, dQ, d_eta = (None if z is None else z.sum(0) for z in (dX, dQ, d_eta))
         grads = dM, dm, dX, dD, dQ, d_eta, d_alpha, d_theta
         fold = lambda g, z: None if z is None or g is None else g.sum_to_size(z.shape).to(z.dtype)
@@ -1374,8 +1268,8 @@ def _layer_norm(y, e, E):
 
 @jit
 def _mlp(W2, W1, x, z, hidden, e, left, NORM: tl.constexpr, PRECISION: tl.constexpr):
-    """y = W1 silu(W2 x), (BE, BC), or its layer norm, and the standard deviations that this divides by; leaves W2 x and
-    silu(W2 x) in the streams z and hidden. Without W1, W2 x."""
+    """x + y with y = W1 silu(W2 x), (BE, BC), or its layer norm, then y and the standard deviations that this divides by;
+    leaves W2 x and silu(W2 x) in the streams z and hidden. Without W1, W2 x."""
     std, E = tl.full((BC,), 1.0, tl.float32), x.size
     if W1 is None:
         y = _apply(W2, x, e, left, E, PRECISION)
@@ -1389,7 +1283,7 @@ def _mlp(W2, W1, x, z, hidden, e, left, NORM: tl.constexpr, PRECISION: tl.conste
         y = _apply(W1, hidden, e, left, E, PRECISION)
         if NORM:
             y, std = _layer_norm(y, e, E)
-    return y, std
+    return y if W1 is None else y + _tokens(x, e, left), y, std
 
 
 @jit
@@ -1402,14 +1296,6 @@ def _gate(read, bias, head, x, e, left):
     """<read, x> + bias, a number a token (BC,)."""
     weight = tl.load(read + head * x.size + e, mask=e < x.size, other=0.0).to(tl.float32)
     return tl.sum(_tokens(x, e, left) * weight[:, None], 0) + tl.load(bias + head).to(tl.float32)
-
-
-@jit
-def _softplus(x):
-    """log(1 + exp(x)); where exp(-|x|) is small, by the series of log(1 + z), since 1 + z would lose it."""
-    small = tl.exp(-tl.abs(x))
-    series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0 - small * 0.25)))
-    return tl.maximum(x, 0.0) + tl.where(small < 0.03, series, tl.log(1.0 + small))
 
 
 @jit
@@ -1474,25 +1360,22 @@ def _memory_scan(
             u = _Stream(U + tl.load(at) + s * u_row, u_row, E)
             for j in tl.range(0, adaptive, disable_licm=True):
                 a2, a1 = A2 + all_of_it + j * size, None if W1 is None else A1 + all_of_it + j * size
-                y, std = _mlp(a2, a1, u, z, hidden, e, left, NORM, PRECISION)
-                if W1 is not None:
-                    y += _tokens(u, e, left)
+                y, plain, std = _mlp(a2, a1, u, z, hidden, e, left, NORM, PRECISION)
                 if QK_NORM:
                     if (j == k_place) | (j == q_place):
                         y = _normalized(y)
                 _store_tokens(_Stream(reads + j * E * BC, E, E), y, e, left)
             tl.debug_barrier()
-        k, v, q = _Stream(reads, E, E), _Stream(v_at, E, E), _Stream(q_at, E, E)
-        if K is not None:
-            k = _Stream(K + tl.load(at + 1) + s * k_row, k_row, E)
-        if V is not None:
-            v = _Stream(V + tl.load(at + 2) + s * v_row, v_row, E)
-        if Q is not None:
-            q = _Stream(Q + tl.load(at + 3) + s * q_row, q_row, E)
+        k = _Stream(reads, E, E) if K is None else _Stream(K + tl.load(at + 1) + s * k_row, k_row, E)
+        v = _Stream(v_at, E, E) if V is None else _Stream(V + tl.load(at + 2) + s * v_row, v_row, E)
+        q = _Stream(q_at, E, E) if Q is None else _Stream(Q + tl.load(at + 3) + s * q_row, q_row, E)
         if eta is not None:
             rate = _steps(eta + tl.load(at + 4) + s, left)
         else:
-            rate = _softplus(_gate(eta_read, eta_bias, head, _Stream(eta_at, E, E), e, left))
+            rate = _gate(eta_read, eta_bias, head, _Stream(eta_at, E, E), e, left)
+            small = tl.exp(-tl.abs(rate))  # softplus; where it is small 1 + small would lose it, not the series of log
+            series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0 - small * 0.25)))
+            rate = tl.maximum(rate, 0.0) + tl.where(small < 0.03, series, tl.log(1.0 + small))
         if alpha is not None:
             retained = alpha + tl.load(at + 5) + s
         else:
@@ -1504,31 +1387,21 @@ def _memory_scan(
         _put_gates(gates, retained, th, left, EMA, READ == "after", PRECISION)
         out = _Stream(Y + (n * length + s) * E, E, E)
         if READ == "chunk":
-            y, std = _mlp(A2 + last, None if W1 is None else A1 + last, q, z, hidden, e, left, NORM, PRECISION)
-            if W1 is not None:
-                y += _tokens(q, e, left)
+            y, plain, std = _mlp(A2 + last, None if W1 is None else A1 + last, q, z, hidden, e, left, NORM, PRECISION)
             _store_tokens(out, y, e, left)
         for j in tl.range(0, memories, disable_licm=True):
             here = all_of_it + j * size
             a2, a1 = A2 + here, None if W1 is None else A1 + here
             value = _tokens(v, e, left)
             if SELF_VALUES:
-                y, std = _mlp(a2, a1, v, z, hidden, e, left, NORM, PRECISION)
-                value = y if W1 is None else value + y
+                value, plain, std = _mlp(a2, a1, v, z, hidden, e, left, NORM, PRECISION)
                 if scale is not None:
                     value = tl.load(scale + head * memories + j) * _normalized(value)
-            x, d = _tokens(k, e, left), -value
-            if W1 is None:
-                if L2:
-                    d += _apply(a2, k, e, left, E, PRECISION)
-                _store_tokens(d2, d, e, left)
-            else:
-                y, std = _mlp(a2, a1, k, z, hidden, e, left, NORM, PRECISION)
-                if L2:
-                    d += x + y
-                if NORM:
-                    d = (d - tl.sum(d, 0)[None, :] / E - y * (tl.sum(d * y, 0) / E)[None, :]) / std[None, :]
-                _store_tokens(d1, d, e, left)
+            found, y, std = _mlp(a2, a1, k, z, hidden, e, left, NORM, PRECISION)
+            x, d = _tokens(k, e, left), found - value if L2 else -value
+            if NORM and W1 is not None:
+                d = (d - tl.sum(d, 0)[None, :] / E - y * (tl.sum(d * y, 0) / E)[None, :]) / std[None, :]
+            _store_tokens(d2 if W1 is None else d1, d, e, left)
             step, hidden2 = _step(rate, tl.sum(x * x, 0), CHUNK, STEP), tl.zeros((BC,), tl.float32)
             tl.debug_barrier()
             if W1 is not None:
@@ -1541,13 +1414,13 @@ def _memory_scan(
                     _store_tokens(d2, back * tl.sigmoid(zs) * (1.0 + zs - hs), o, left)
                     hidden2 += tl.sum(hs * hs, 0)
                 tl.debug_barrier()
-            read = (j == memories - 1).to(tl.int32) if READ != "chunk" else 0
+            read, to_read = (j == memories - 1).to(tl.int32), None if READ == "chunk" else q
+            w_m = None if theta is None else m2 + here
             for o0 in tl.range(0, H, BE, disable_licm=True):
                 o = o0 + e
                 r = _block(
-                    W2 + here, None if theta is None else m2 + here, k, d2, None if READ == "chunk" else q, read, step,
-                    gates, o, left, None, DELTA, READ == "after", PRECISION,
-                )  # fmt: skip
+                    W2 + here, w_m, k, d2, to_read, read, step, gates, o, left, None, DELTA, READ == "after", PRECISION
+                )
                 if READ != "chunk":
                     if W1 is None:
                         _store_tokens(out, r, e, left * read)
@@ -1555,9 +1428,10 @@ def _memory_scan(
                         _store_tokens(q1, r * tl.sigmoid(r), o, left * read)
             if W1 is not None:
                 tl.debug_barrier()
+                w_m, to_read = None if theta is None else m1 + here, None if READ == "chunk" else q1
                 r = _block(
-                    W1 + here, None if theta is None else m1 + here, hidden, d1, None if READ == "chunk" else q1, read,
-                    _step(rate, hidden2, CHUNK, STEP), gates, e, left, None, DELTA, READ == "after", PRECISION,
+                    W1 + here, w_m, hidden, d1, to_read, read, _step(rate, hidden2, CHUNK, STEP), gates, e, left, None,
+                    DELTA, READ == "after", PRECISION,
                 )  # fmt: skip
                 if READ != "chunk":
                     if NORM:
@@ -1594,14 +1468,10 @@ def memory_scan(
 
     Returns y (b, h, s, e). ValueError for states that can't be changed in place.
     """
-    for state in (*now, *(momentum or ()), *anchor):
-        if state.dtype != torch.float32 or not state.is_contiguous():
-            raise ValueError(
-                "memory_scan: a state is not contiguous float32; pass .float().contiguous(), it is changed"
-            )
-    some = next(iter(streams.values()))
+    if any(z.dtype != torch.float32 or not z.is_contiguous() for z in (*now, *(momentum or ()), *anchor)):
+        raise ValueError("memory_scan: states are changed in place; pass them as .float().contiguous()")
     b, h, n, H, E = now[0].shape
-    length, device = some.shape[2], some.device
+    length, device = next(iter(streams.values())).shape[2], now[0].device
     names = "u", "k", "v", "q", "eta", "alpha", "theta"
     inputs = [streams.get(name) for name in names]
     inputs = [z if z is None or z.stride(-1) == 1 else z.contiguous() for z in inputs]
@@ -1609,17 +1479,15 @@ def memory_scan(
     rows = {f"{name}_row": 0 if z is None else z.stride(-2) for name, z in zip(names[:4], inputs)}
     both = lambda layers: (None, None) if layers is None else (*layers, None)[:2]
     eta_gate, alpha_gate = (gates.get(name, (None, None)) for name in ("eta", "alpha"))
-    Y = torch.empty(b, h, length, E, dtype=torch.float32, device=device)
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)
+    Y = new(b, h, length, E)
     if Y.numel() == 0:
         return Y
     BE = 64 if E <= 64 else 128
-    block = BC.value
-    work = torch.empty(
-        b * h, FORWARD_WORK.value + block * (1 + 4 * H + (1 + adaptive) * E), dtype=torch.float32, device=device
-    )
+    work = new(b * h, FORWARD_WORK.value + BC.value * (1 + 4 * H + (1 + adaptive) * E))
     blocks, s = 0, t
     while s < t + length:
-        blocks, s = blocks + 1, min(s + block, t + length, s - s % chunk + chunk, s - s % chunk_proj + chunk_proj)
+        blocks, s = blocks + 1, min(s + BC.value, t + length, s - s % chunk + chunk, s - s % chunk_proj + chunk_proj)
     with _on(device):
         _memory_scan[(b * h,)](
             *inputs, _begins((b, h), layouts, device), *both(now), *both(momentum), *both(anchor), scale, *eta_gate,

@@ -131,9 +131,9 @@ def test_sizes_of_zero(lead, c, o, i, momentum):
 
 def test_what_does_not_fit_is_refused():
     args = inputs(4, momentum=False)
-    with pytest.raises(ValueError, match="alpha has 3 entries for 4 tokens"):
+    with pytest.raises(ValueError, match=r"alpha is \(3, 3\); it needs to end in \(4,\)"):
         dgd_chunk(**{**args, "alpha": args["alpha"][..., :3]})
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match=r"D is \(3, 4, 3\); it needs to end in \(4, 5\)"):
         dgd_chunk(**{**args, "D": args["D"][..., :3]})
     with pytest.raises(ValueError, match="m was given without theta"):
         dgd_chunk(**args, m=args["M"])

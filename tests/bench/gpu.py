@@ -55,9 +55,10 @@ def calls(m: hope.MemoryConfig, o: int, i: int, precision: str):
     flags = dict(EMA=True, DELTA=m.rule == "dgd", INCLUSIVE=m.read == "after", PRECISION=precision)
     for name in ("forward", "states", "backward", "backward_tokens", "backward_gates"):
         sizes = kernels._tiles(o, i, 32 if name == "forward" and o > 16 else 16)
-        fn = getattr(kernels, f"_chunk_{name}")
+        fn = kernels._chunk_forward if name == "states" else getattr(kernels, f"_chunk_{name}")
+        out = {"forward": {"P", "states"}, "states": {"Q", "R"}}.get(name, set())
         warps = 1 if name == "backward_gates" else sizes["num_warps"]
-        yield f"chunk_{name}", fn, arguments(fn, none, {**flags, **sizes}), warps, 1
+        yield f"chunk_{name}", fn, arguments(fn, none | out, {**flags, **sizes}), warps, 1
 
 
 def scan_call(m: hope.MemoryConfig, precision: str):
@@ -86,7 +87,7 @@ def newton_schulz_calls(precision: str):
 
 def arguments(fn, none: set, constants: dict) -> dict:
     """Of a kernel: constants, None, int32 for numbers, and pointers to float32, or int64 for `at`."""
-    numbers = "c blocks memories readers row_blocks O I E H t0 length work_size heads adaptive u_row x_row d_row k_row v_row q_row"
+    numbers = "c blocks memories readers O I E H t0 length work_size heads adaptive u_row x_row d_row k_row v_row q_row"
     args = {k: "i32" if k in numbers.split() else "*i64" if k == "at" else "*fp32" for k in fn.arg_names}
     constant = {fn.arg_names[n] for n in fn.constexprs}
     return {k: constants[k] if k in constant else None if k in none else v for k, v in args.items()}
@@ -130,10 +131,10 @@ def cost(kernel: str, m: hope.MemoryConfig, o: int, i: int, read: bool, tokens: 
     blocks, rows = -(-c // BLOCK), -(-o // (32 if kernel == "chunk_forward" and o > 16 else 16))
     pairs = BLOCK * (i * rows + 2 * o)  # of tokens in a block: scores, and what is made of them
     if kernel == "chunk_forward":
-        numbers, macs = 2 * state + c * (i + o + d * o), state * (1 + d) + d * pairs
+        numbers, macs = 2 * state + c * (i + o), state * (1 + d) + d * pairs
         numbers, macs = numbers + read * c * (i + o), macs + read * (state + pairs)
     elif kernel == "chunk_states":
-        numbers, macs = state * (1 + blocks) + c * (i + o + d * o), state
+        numbers, macs = state * (2 + blocks) + c * (i + o + d * o), state * (1 + d) + d * pairs
     elif kernel == "chunk_backward":
         numbers, macs = state * (2 + blocks) + c * (i + 2 * o + d * 2 * o), state * (1 + d) + d * pairs
         numbers, macs = numbers + read * c * (i + o), macs + read * (state + pairs)
@@ -143,7 +144,7 @@ def cost(kernel: str, m: hope.MemoryConfig, o: int, i: int, read: bool, tokens: 
         numbers, macs = numbers + read * c * (i + o + rows * i), macs + read * state
         macs += (d + read) * (pairs + 2 * BLOCK * i * rows)
     elif kernel == "chunk_backward_gates":
-        numbers, macs = blocks * rows * (3 * BLOCK + 9) * BLOCK + 4 * c, (6 if m.momentum else 1) * BLOCK * BLOCK
+        numbers, macs = blocks * (3 * BLOCK + 9) * BLOCK + 4 * c, (6 if m.momentum else 1) * BLOCK * BLOCK
     elif kernel == "memory_scan":  # o, i: a layer; all memories of a head, one launch
         n, layers = 1 + len(m.adaptive), m.depth
         c, streams = tokens, 4 + (m.adaptive == ()) - len(set(m.adaptive) & set("kvq"))
