@@ -1311,13 +1311,13 @@ def _step(eta, x2, chunk, STEP: tl.constexpr):
 
 
 @jit
-def _move(to, W, first, size, S, S_first):
+def _move(to, W, S, first, size):
     """Numbers of W, from the first one on, to the same place in `to`, plus those of S if there is one."""
     at = tl.arange(0, 1024)
     for i in tl.range(0, size, 1024):
         w = tl.load(W + first + i + at, mask=i + at < size)
         if S is not None:
-            w += tl.load(S + S_first + i + at, mask=i + at < size).to(tl.float32)
+            w += tl.load(S + first + i + at, mask=i + at < size).to(tl.float32)
         tl.store(to + first + i + at, w, mask=i + at < size)
 
 
@@ -1326,8 +1326,8 @@ def _memory_scan(
     U, K, V, Q, eta, alpha, theta, at, W2, W1, m2, m1, A2, A1, S2, scale, eta_read, eta_bias, alpha_read, alpha_bias, Y,
     work, blocks, t0, length, heads, memories, adaptive, u_next, u_row, k_row, v_row, q_row, E, H,
     CHUNK: tl.constexpr, CHUNK_PROJ: tl.constexpr, L2: tl.constexpr, STEP: tl.constexpr, SELF_VALUES: tl.constexpr,
-    QK_NORM: tl.constexpr, NORM: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr,
-    HIDDEN_RATE: tl.constexpr, READ: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+    QK_NORM: tl.constexpr, NORM: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, HIDDEN_RATE: tl.constexpr,
+    READ: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`memory_scan`. Grid (sequences x heads); at: (n, 7), where each one's part of the first seven begins.
 
@@ -1340,6 +1340,8 @@ def _memory_scan(
     n = tl.program_id(0).to(tl.int64)
     head, at, size = n % heads, at + n * 7, E * H
     all_of_it, last = n * memories * size, (n * memories + memories - 1) * size
+    if S2 is not None:
+        S2 -= (n - head) * memories * size  # which sequences share, so that it is found where W2 is
     t, e = tl.arange(0, BC), tl.arange(0, BE)
     work += n * (FORWARD_WORK + BC * (1 + 4 * H + (1 + adaptive) * E))
     gates, retention = work, work + FORWARD_WORK
@@ -1359,13 +1361,13 @@ def _memory_scan(
         left = min(min(BC, length - s), min(CHUNK - (t0 + s) % CHUNK, CHUNK_PROJ - (t0 + s) % CHUNK_PROJ))
         tl.debug_barrier()
         if (t0 + s) % CHUNK_PROJ == 0:
-            _move(A2, W2, all_of_it, (memories - 1) * size, S2, head * memories * size)
+            _move(A2, W2, S2, all_of_it, (memories - 1) * size)
             if W1 is not None:
-                _move(A1, W1, all_of_it, (memories - 1) * size, None, 0)
+                _move(A1, W1, None, all_of_it, (memories - 1) * size)
         if (t0 + s) % CHUNK == 0:
-            _move(A2, W2, last, size, S2, (head * memories + memories - 1) * size)
+            _move(A2, W2, S2, last, size)
             if W1 is not None:
-                _move(A1, W1, last, size, None, 0)
+                _move(A1, W1, None, last, size)
         tl.debug_barrier()
         if U is not None:
             for j in tl.range(0, adaptive, disable_licm=True):
@@ -1438,7 +1440,7 @@ def _memory_scan(
                         _store_tokens(out, r, e, left * read)
                     else:
                         if S2 is not None and read:
-                            r += _apply(S2 + (head * memories + j) * size, q, o, left, H, PRECISION)
+                            r += _apply(S2 + here, q, o, left, H, PRECISION)
                         _store_tokens(q1, r * tl.sigmoid(r), o, left * read)
             if W1 is not None:
                 tl.debug_barrier()
@@ -1513,10 +1515,10 @@ def memory_scan(
     with _on(device):
         _memory_scan[(b * h,)](
             *inputs, _begins((b, h), layouts, device), *both(now), *both(momentum), *both(anchor), start, scale, *eta_gate,
-            *alpha_gate, Y, work, blocks, t, length, h, n, adaptive, u_next, **rows, E=E, H=H,
-            CHUNK=chunk, CHUNK_PROJ=chunk_proj, L2=objective == "l2", STEP=step, SELF_VALUES=self_values, QK_NORM=qk_norm,
-            NORM=norm, EMA=True, DELTA=delta, HIDDEN_RATE=hidden_rate, READ=read, BE=BE,
-            PRECISION=_precision(device), num_warps=BE // 16, num_stages=1,
+            *alpha_gate, Y, work, blocks, t, length, h, n, adaptive, u_next, **rows, E=E, H=H, CHUNK=chunk,
+            CHUNK_PROJ=chunk_proj, L2=objective == "l2", STEP=step, SELF_VALUES=self_values, QK_NORM=qk_norm, NORM=norm,
+            EMA=True, DELTA=delta, HIDDEN_RATE=hidden_rate, READ=read, BE=BE, PRECISION=_precision(device),
+            num_warps=BE // 16, num_stages=1,
         )  # fmt: skip
     if start is not None:
         now[0].add_(start)
