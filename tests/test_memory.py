@@ -1,6 +1,7 @@
 """`hope.Memory` is the equations it claims to be, token by token, whatever the configuration."""
 
 import itertools
+import math
 import shutil
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hope
+
+INF = hope.INF
 
 
 def random_memory(**fields):
@@ -297,6 +300,14 @@ def test_a_layer_takes_one_line():
         hope.Memory(depth=0, adaptive=())
 
 
+@pytest.mark.parametrize("name", ["hope", "attention"])
+def test_inputs_that_are_not_batch_time_width_are_refused(name):
+    layer = hope.Memory.preset(name, d_model=8, n_head=2)
+    for x in (torch.randn(2, 3, 6), torch.randn(3, 8), torch.ones(2, 3, 8, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"of shape \(.*\); give floats \(batch, time, d_model = 8\)"):
+            layer(x)
+
+
 def test_bad_configurations_say_what_is_allowed():
     for fields, message in (
         (dict(rule="sgd"), "rule is 'sgd'; allowed: gd, dgd"),
@@ -305,7 +316,14 @@ def test_bad_configurations_say_what_is_allowed():
         (dict(chunk=0), "chunk is 0; it must be at least 1"),
         (dict(decay="none"), "adaptive names alpha"),
         (dict(project=False), "set n_head=1"),
-        (dict(conv=-1), "neither can be negative"),
+        (dict(conv=-1), "conv is -1; it must be at least 0"),
+        (dict(remat=-1), "remat is -1; it must be at least 0"),
+        (dict(window=-1), "window is -1; it must be at least 0"),
+        (dict(n_head=2.0), "n_head is 2.0; it must be of type int"),
+        (dict(momentum="no"), "momentum is 'no'; it must be of type bool"),
+        (dict(adaptive="kv"), "adaptive is 'kv'; give a tuple, such as"),
+        (dict(rope_theta=INF), "rope_theta is inf; it must be above 0 and below inf"),
+        (dict(rope_theta=math.nan), "rope_theta is nan; it must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             hope.MemoryConfig(**fields)
