@@ -185,6 +185,28 @@ def test_inner_step_sizes_learn():
     assert fixed.blocks[0].cms.raw_rates is None and [float(r) for r in fixed.blocks[0].cms.rates()] == [0.5, 0.25]
 
 
+@pytest.mark.parametrize("learn", [False, True])
+def test_the_rates_a_cms_starts_with_are_what_its_config_says(learn):
+    cms = hope.Hope(small_config(cms_rate=(0.5, 0.25), learn_rates=learn)).blocks[0].cms
+    assert [float(r) for r in cms.rates()] == [0.5, 0.25]
+    if learn:  # and they grow at most twofold
+        torch.nn.init.constant_(cms.raw_rates, 100)
+        assert [float(r) for r in cms.rates()] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_fresh_model_starts_with(tied):
+    model = hope.Hope(small_config(d_model=256, cms_hidden=2.0, n_layer=8, vocab_size=500, tied=tied, mlp_bias=True))
+    block, small = model.blocks[3], (2 * 8) ** -0.5  # what 8 blocks add twice grows as one sum does
+    for weight, size in (
+        (block.memory.to_q.weight, 256**-0.5), (block.memory.to_u.weight, 256**-0.5), (block.cms.levels[0].w_in.weight, 256**-0.5),
+        (block.memory.to_y.weight, small * 256**-0.5), (block.cms.levels[1].w_out.weight, small * 512**-0.5),
+        (model.embed.weight, 256**-0.5 if tied else 1.0),
+    ):  # fmt: skip
+        assert weight.std().item() == pytest.approx(size, rel=0.03)
+    assert not block.cms.levels[0].w_in.bias.any() and (tied or not model.head.weight.any())
+
+
 def test_forward_after_observe_keeps_the_open_segment():
     """Reading between two observations banks the gradient of what was observed; nothing is dropped."""
     model, x, y = random_model(small_config(cms=(4, INF))), tokens(1, 4), tokens(1, 4, seed=1)

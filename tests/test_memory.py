@@ -300,6 +300,33 @@ def test_a_layer_takes_one_line():
         hope.Memory(depth=0, adaptive=())
 
 
+def test_what_a_fresh_layer_starts_with():
+    """Remember, learn slowly; and read and write as much as its docstrings say."""
+    layer, e = hope.Memory(d_model=512, n_head=8), 64
+    gates = {name: hope.GATES[name](gate.bias).flatten() for name, gate in layer.gates.items()}
+    gates |= {name: hope.GATES[name](g.bias) for name, g in hope.Memory(adaptive=()).gates.items() if name != "theta"}
+    for name, value in {"eta": math.log1p(math.exp(-2)), "alpha": 1 / (1 + math.exp(-4)), "theta": 0.5}.items():
+        torch.testing.assert_close(gates[name], torch.full_like(gates[name], value))
+    change = layer.conv.weight[:, 0].clone()
+    change[:, -1] -= 1  # beside the identity
+    for part, size in (
+        (layer.start["main_0"], e**-0.5), (layer.start["main_1"], 0.3 * e**-0.5), (layer.start["proj_1"], 0.3 * e**-0.5),
+        (layer.gates["eta"].read, 0.1), (layer.gates["alpha"].read, 0.1), (change, 0.1),
+    ):  # fmt: skip
+        assert part.std().item() == pytest.approx(size, rel=0.1) and abs(part.mean()) < 0.2 * size
+    assert all((layer.start[f"{part}_scale"] == 1).all() for part in layer.parts) and (layer.y_norm == 1).all()
+    assert hope.Memory.preset("deltanet").start["main_0"].abs().max() == 0
+    assert (hope.Memory.preset("attention").scale == 10).all()
+    assert (hope.Memory.preset("attention", qk_norm=False).scale == 32**-0.5).all()
+
+
+def test_rotary_positions_turn_by_the_frequencies_of_their_paper():
+    """Su et al. 2021: pair i of e / 2 turns by 10000^(-2 i / e) a token."""
+    turned = hope.rotate(torch.tensor([1.0, 1, 1, 0, 0, 0]).view(1, 1, 1, 6).double(), 3)[0, 0, 0]
+    angle = 3 * 10000.0 ** (-torch.arange(3).double() / 3)
+    torch.testing.assert_close(turned, torch.cat([angle.cos(), angle.sin()]))
+
+
 @pytest.mark.parametrize("name", ["hope", "attention"])
 def test_inputs_that_are_not_batch_time_width_are_refused(name):
     layer = hope.Memory.preset(name, d_model=8, n_head=2)
