@@ -54,8 +54,7 @@ __all__ = [
 INF = float("inf")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration ----
 
 
 def require(holds: Any, message: str) -> None:
@@ -316,8 +315,7 @@ class HopeConfig:
         return MemoryConfig.preset("attention", d_model=m.d_model, n_head=m.n_head, conv=m.conv, window=m.window)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# States
+# ---- States ----
 
 
 def map_state(fn: Callable[..., Tensor], state: Any, *others: Any) -> Any:
@@ -404,10 +402,8 @@ class FastMLP:
 
     def add(self, gradient: list[Tensor]) -> FastMLP:
         """With a segment's gradient in the sums."""
-        total = [a + g for a, g in zip(self.total, gradient)]
-        if self.start is None:
-            return replace(self, total=total)
-        return replace(self, total=total, start_total=[a + g for a, g in zip(self.start_total, gradient)])
+        plus = lambda sums: sums and [a + g for a, g in zip(sums, gradient)]
+        return replace(self, total=plus(self.total), start_total=plus(self.start_total))
 
     def move(self, step: Tensor) -> FastMLP:
         """At the end of its chunk (eq. 71)."""
@@ -467,8 +463,7 @@ class HopeState:
             return torch.load(path, weights_only=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memories
+# ---- Memories ----
 
 
 def in_float32(z: Tensor) -> Tensor:
@@ -636,9 +631,7 @@ class Memory(SequenceLayer):
     def __init__(self, config: MemoryConfig | None = None, **settings: Any):
         super().__init__(replace(config, **settings) if config else MemoryConfig(**settings))
         c, d, h = self.config, self.config.d_model, self.config.n_head
-        require(
-            c.depth > 0, "depth is 0, which is softmax attention; use hope.make_layer or Memory.preset('attention')"
-        )
+        require(c.depth > 0, "depth is 0: softmax attention; use hope.make_layer or Memory.preset('attention')")
         self.compiled = False  # whether complete chunks run through torch.compile, see `compile_parts`
         self.adaptive = [name for name in ("k", "v", "q", "eta", "alpha") if name in c.adaptive]
 
@@ -908,8 +901,7 @@ class Attention(SequenceLayer):
         return self._out(y), AttentionState(state.t + x.shape[1], tail, k, v)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Continuum memory system
+# ---- Continuum memory system ----
 
 
 class FastLinear(nn.Linear):
@@ -1015,8 +1007,7 @@ class CMS(nn.Module):
         return fast.move(steps[i]) if t % self.chunks[i] == 0 else fast
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hope
+# ---- Hope ----
 
 
 class Block(nn.Module):
@@ -1107,11 +1098,6 @@ def own_deltas(state: list[FastMLP | None], detach: bool) -> list[FastMLP | None
     return [fast and replace(fast, delta=[own(d) for d in fast.delta]) for fast in state]
 
 
-def deltas_of(state: list[FastMLP | None]) -> list[Sequence[Tensor]]:
-    """Of every level its deltas, none where it is not written."""
-    return [fast.delta if fast else () for fast in state]
-
-
 class Hope(nn.Module):
     """Language model of `n_layer` blocks, each a memory and a CMS. See HopeConfig for its relatives."""
 
@@ -1137,9 +1123,8 @@ class Hope(nn.Module):
 
     def init_state(self, b: int) -> HopeState:
         """The state of b sequences before their first token."""
-        return HopeState(
-            [block.memory.init_state(b) for block in self.blocks], [block.cms.init_state(b) for block in self.blocks]
-        )
+        memories, cms = zip(*((block.memory.init_state(b), block.cms.init_state(b)) for block in self.blocks))
+        return HopeState(list(memories), list(cms))
 
     def _run(self, tokens: Tensor, memories: list, cms: list) -> tuple[Tensor, list]:
         """Logits (b, t, vocab_size) and the memories after the last token; the CMS is read as it stands."""
@@ -1147,11 +1132,8 @@ class Hope(nn.Module):
         if self.embed_position is not None:
             start, longest = memories[0].t, self.config.n_position
             end = start + tokens.shape[1]
-            require(
-                end <= longest,
-                f"the stream reaches {end} tokens, but this model has learnt positions for {longest}; "
-                "start a new state there",
-            )
+            reach = f"the stream reaches {end} tokens, but this model has learnt positions for {longest}"
+            require(end <= longest, f"{reach}; start a new state there")
             x = x + self.embed_position.weight[start:end]
         for block, memory, fast in zip(self.blocks, memories, cms):
             if self.recompute and torch.is_grad_enabled():
@@ -1184,10 +1166,7 @@ class Hope(nn.Module):
         tokens: (b, t) integers. Returns logits (b, t, vocab_size) and the state.
         """
         tokens, state = self._begin(tokens, state)
-        require(
-            state.pending is None,
-            "this state has a pending token from observe; continue with observe, or pass targets to it",
-        )
+        require(state.pending is None, "a token of this state waits for its target; continue with observe or stream")
         state = self._bank(state, Lesson())
         logits, memories = self._run(tokens, state.memories, state.cms)
         return logits, replace(state, memories=memories)
@@ -1229,10 +1208,7 @@ class Hope(nn.Module):
             state = replace(state, pending=tokens[:, -1:])
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
         else:
-            require(
-                state.pending is None,
-                "this state has a pending token from observe without targets; go on without targets",
-            )
+            require(state.pending is None, "a token of this state waits for its target; go on without targets")
             targets = check_tokens(targets, self.config.vocab_size, like=tokens)
         scored = (targets != -100).sum().clamp(min=1)
         lesson = Lesson(levels, surprise, truncate, scored if reduction == "mean" else None)
@@ -1289,7 +1265,7 @@ class Hope(nn.Module):
             fresh = [own_deltas(state, detach=lesson.truncate) for state in cms]
             logits, memories = self._run(segment.tokens, segment.memories, fresh)
             losses = token_loss(logits, segment.targets)
-            deltas, layout = tree_flatten([deltas_of(state) for state in fresh])
+            deltas, layout = tree_flatten([[fast.delta if fast else () for fast in state] for state in fresh])
             with torch.autocast(logits.device.type, enabled=False):
                 if lesson.truncate and before == 0:
                     lesson.backward(losses)
@@ -1405,8 +1381,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return order.gather(-1, torch.multinomial(p, 1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models from files
+# ---- Models from files ----
 
 
 def load(folder: str | Path) -> Hope:
@@ -1417,10 +1392,9 @@ def load(folder: str | Path) -> Hope:
     """
     folder = Path(folder)
     exported, checkpoints = folder / "model.safetensors", sorted((folder / "checkpoints").glob("step-*"))
-    require(
-        (folder / "config.json").exists() and (exported.exists() or checkpoints),
-        f"{folder} is neither a run with a checkpoint nor an export; give one that train.py made, such as runs/tiny",
-    )
+    given = f"{folder} is neither a run with a checkpoint nor an export"
+    found = (folder / "config.json").exists() and (exported.exists() or checkpoints)
+    require(found, f"{given}; give one that train.py made, such as runs/tiny")
     model = Hope(HopeConfig.from_dict(json.loads((folder / "config.json").read_text())["model"])).eval()
     if exported.exists():
         from safetensors.torch import load_file
@@ -1569,8 +1543,7 @@ def copy_modules(ours: list[nn.Module], theirs: list[nn.Module]) -> None:
             target.copy_(part)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Levels and parameter groups
+# ---- Levels and parameter groups ----
 
 
 def param_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -1709,11 +1682,8 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     require(isinstance(model, Hope), f"levels are those of a hope.Hope, not of a {type(model).__name__}")
     for one in optimizers:
-        known = ", ".join(BUFFERS)
-        require(
-            type(one).__name__ in BUFFERS,
-            f"levels knows nothing of the optimizer {type(one).__name__}; allowed: {known}",
-        )
+        kind = type(one).__name__
+        require(kind in BUFFERS, f"levels knows nothing of the optimizer {kind}; allowed: {', '.join(BUFFERS)}")
     found = model_levels(model) + optimizer_levels(optimizers) + parameter_levels(model, optimizers)
     found.sort(key=lambda row: row.order)
     orders = sorted({row.order for row in found})

@@ -39,8 +39,7 @@ ALLOWED = {
 }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tensors that FSDP2 may have sharded
+# ---- Tensors that FSDP2 may have sharded ----
 
 
 def in_float32(t: Tensor) -> Tensor:
@@ -200,8 +199,7 @@ class Batched(torch.optim.Optimizer):
                     self.state[p][name] = value.to(self.state[p][name].device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Delta gradient descent
+# ---- Delta gradient descent ----
 
 
 class Tap(torch.autograd.Function):
@@ -332,8 +330,7 @@ class DGD(Batched):
         return shards(new - W, params)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Momentum
+# ---- Momentum ----
 
 
 class DeltaMomentum(Batched):
@@ -539,8 +536,7 @@ class M3(Batched):
         return U
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bookkeeping
+# ---- Bookkeeping ----
 
 
 class Accumulate(torch.optim.Optimizer):

@@ -710,6 +710,17 @@ def test_levels_know_the_memories_of_every_optimizer(name):
         assert table[-1].component == "M3: slow momentum" and table[-1].every == "2 outer steps"
 
 
+def test_an_average_of_weights_begins_with_few_of_them():
+    p = nn.Parameter(torch.zeros(1))
+    ema, expected = optim.EMA([p], decay=0.9), torch.zeros(1)
+    for t in range(1, 200):
+        p.data.fill_(t)
+        ema.step()
+        kept = 0.0 if t == 1 else min(0.9, t / (10 + t))  # the first is what it starts from
+        expected = kept * expected + (1 - kept) * t
+        torch.testing.assert_close(ema.state[p]["average"], expected)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Blocks slower than a training sequence
 
