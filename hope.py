@@ -24,16 +24,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, partial, wraps
+from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -49,8 +54,7 @@ __all__ = [
 INF = float("inf")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration ----
 
 
 def require(holds: Any, message: str) -> None:
@@ -59,34 +63,51 @@ def require(holds: Any, message: str) -> None:
         raise ValueError(message)
 
 
-def check_choices(config: Any) -> None:
-    """ValueError for a field of `config` annotated as a Literal that holds something else."""
-    for name, hint in get_type_hints(type(config)).items():
-        if "Literal" in str(hint):
-            allowed, value = get_args(hint), getattr(config, name)
-            require(value in allowed, f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
-
-
-def check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        require(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; it must be at least 1")
-
-
 def check_preset(kind: str, name: str, table: dict) -> None:
     require(name in table, f"no {kind} called {name!r}; choose one of: {', '.join(table)}")
 
 
-def setting(default: Any, text: str) -> Any:
-    """A config field; `text` is what `train.py --help` says of it."""
-    return field(default=default, metadata={"help": text})
+LIMITS = {"least": ("at least", operator.ge), "above": ("above", operator.gt),
+          "most": ("at most", operator.le), "below": ("below", operator.lt)}  # fmt: skip
+KINDS = {int: Integral, float: Real}
+
+
+def setting(default: Any, text: str, **limits: float) -> Any:
+    """A config field; `text` is what `train.py --help` says of it. Its value, or each of a tuple, keeps to LIMITS."""
+    return field(default=default, metadata={"help": text, "limits": limits})
+
+
+def check_settings(config: Any) -> None:
+    """ValueError for a field of another type than it is annotated with, none of its choices, or beyond its limits."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        hint, value, limits = hints[f.name], getattr(config, f.name), f.metadata.get("limits", {})
+        given = f"{f.name} is {value!r}"
+        if get_origin(hint) is Literal:
+            require(value in get_args(hint), f"{given}; allowed: {', '.join(map(str, get_args(hint)))}")
+            continue
+        if get_origin(hint) is tuple:
+            require(isinstance(value, tuple), f"{given}; give a tuple, such as {f.default}")
+            hint = get_args(hint)[0]
+        allowed = " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
+        for one in value if isinstance(value, tuple) else (value,):
+            require(isinstance(one, KINDS.get(hint, hint)), f"{given}; it must be of type {hint.__name__}")
+            fits = all(LIMITS[name][1](one, limit) for name, limit in limits.items())
+            require(fits, f"{given}; it must be {allowed}")
+
+
+def check_rules(config: Any, *rules: tuple[Any, str]) -> None:
+    """ValueError with the message of the first rule that does not hold; {name} in it stands for a field."""
+    for holds, message in rules:
+        require(holds, message.format_map(vars(config)))
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
     """What a memory is. Each known sequence layer is a row of choices here (`MemoryConfig.preset`)."""
 
-    d_model: int = setting(128, "model width")
-    n_head: int = setting(4, "heads; every head has memories of its own, d_model / n_head wide")
+    d_model: int = setting(128, "model width", least=1)
+    n_head: int = setting(4, "heads; every head has memories of its own, d_model / n_head wide", least=1)
     depth: Literal[0, 1, 2] = setting(2, "0: softmax attention; 1: linear memory M x; 2: MLP x + W1 silu(W2 x), eq. 89")
     objective: Literal["dot", "l2"] = setting(
         "dot",
@@ -100,19 +121,20 @@ class MemoryConfig:
         "features silu(W2 k) by which a value is found again shrink with every token and every write",
     )
     hidden_rate: float = setting(
-        0.1, "eta of an MLP memory's hidden layer, as a part of eta: what has been written is read through it"
+        0.1, "eta of an MLP memory's hidden layer, as a part of eta: what was written is read through it", least=0
     )
     spread: float = setting(
         1.0,
         "size of W2 k in the main memory at the start; far below 1, silu is linear, its output small, and a write hardly "
         "shows in a read; 0 for 1 / sqrt(head width), as in the other memories, which are to change little",
+        least=0,
     )
     step: Literal["exact", "mean", "one"] = setting(
         "exact",
         "inner step: exact is beta eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is that divided by the chunk; one is 1",
     )
     beta: float = setting(
-        1.0, "what an inner step tends to, times 1 / |x|^2; up to 2, which lets the delta rule change signs"
+        1.0, "what an inner step tends to, times 1 / |x|^2; above 1 the delta rule may change signs", above=0, most=2
     )
     momentum: bool = setting(True, "momentum on the inner gradient, with a learnt gate theta")
     decay: Literal["gate", "fixed", "none"] = setting(
@@ -131,26 +153,26 @@ class MemoryConfig:
         "key holds what its value does",
     )
     self_values: bool = setting(True, "every memory generates the value it is written with (eq. 84)")
-    chunk: int = setting(64, "tokens between two refreshes of the main memory's gradients")
-    chunk_proj: int = setting(64, "the same for the memories that produce k, v, q, eta, alpha")
+    chunk: int = setting(64, "tokens between two refreshes of the main memory's gradients", least=1)
+    chunk_proj: int = setting(64, "the same for the memories that produce k, v, q, eta, alpha", least=1)
     read: Literal["token", "after", "chunk"] = setting(
         "token", "y_t is read from the state before token t (eq. 86), after it, or at the chunk's start"
     )
-    conv: int = setting(4, "width of the causal depthwise convolution in front; 0 for none")
+    conv: int = setting(4, "width of the causal depthwise convolution in front; 0 for none", least=0)
     qk_norm: bool = setting(True, "l2-normalise keys and queries")
     value_norm: bool = setting(True, "l2-normalise self-generated values and rescale them by a learnt factor")
     memory_norm: bool = setting(False, "MLP memories with a layer norm inside: x + norm(W1 silu(W2 x))")
-    expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width")
+    expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width", least=1)
     rotary: bool = setting(False, "rotary positions on keys and queries")
     project: bool = setting(
         True, "static projections into and out of the heads; off: the paper's literal form, one head"
     )
-    remat: int = setting(16, "chunks between states kept for the backward pass, which recomputes the rest; 0 keeps all")
-    window: int = setting(0, "softmax attention only: how many tokens back it sees; 0 for all")
-    n_kv_head: int = setting(0, "softmax attention only: heads of keys and values, for groups of queries; 0 for n_head")
+    remat: int = setting(16, "chunks between states kept for the backward pass; it recomputes others; 0: all", least=0)
+    window: int = setting(0, "softmax attention only: how many tokens back it sees; 0 for all", least=0)
+    n_kv_head: int = setting(0, "softmax attention only: heads of keys and values; 0 for n_head", least=0)
     bias: bool = setting(False, "softmax attention only: biases in its projections")
     y_norm: bool = setting(True, "normalise what a head reads before the projection out of the heads")
-    rope_theta: float = setting(10000.0, "rotary positions: base of the frequencies")
+    rope_theta: float = setting(10000.0, "rotary positions: base of the frequencies", above=0, below=INF)
 
     LINEAR = dict(depth=1, momentum=False, decay="none", adaptive=(), self_values=False, read="after")
     DEEP = dict(
@@ -176,35 +198,28 @@ class MemoryConfig:
         return cls(**{**cls.PRESETS[name], **overrides})
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_positive(self, "d_model", "n_head", "chunk", "chunk_proj", "expand")
-        unknown = set(self.adaptive) - {"k", "v", "q", "eta", "alpha"}
-        require(self.d_model % self.n_head == 0, f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
-        require(not unknown, f"adaptive names {sorted(unknown)}; allowed: k, v, q, eta, alpha")
-        for holds, message in (
-            (self.conv >= 0 <= self.window, f"conv is {self.conv}, window is {self.window}; neither can be negative"),
-            (self.project or self.n_head == 1,
-             f"project=False is the one-head form, but n_head is {self.n_head}; set n_head=1"),
+        check_settings(self)
+        rotary, static = self.rotary or self.depth == 0, not {"k", "q"} & set(self.adaptive)
+        check_rules(
+            self,
+            (self.d_model % self.n_head == 0, "d_model {d_model} is not a multiple of n_head {n_head}"),
+            (set(self.adaptive) <= {"k", "v", "q", "eta", "alpha"},
+             "adaptive is {adaptive}; allowed: k, v, q, eta, alpha"),
+            (self.project or self.n_head == 1, "project=False has one head, but n_head is {n_head}; set n_head=1"),
             ("eta" not in self.adaptive or self.step != "one",
-             "adaptive names eta, which this memory does not have; leave it out of adaptive"),
+             "adaptive names eta, which a memory with step {step!r} does not have; leave it out of adaptive"),
             ("alpha" not in self.adaptive or self.decay == "gate",
-             "adaptive names alpha, which this memory does not have; leave it out of adaptive"),
-            (self.n_kv_head >= 0 and self.n_head % (self.n_kv_head or 1) == 0,
-             f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself"),
-            (0 < self.beta <= 2, f"beta is {self.beta}; allowed: above 0, up to 2, beyond which writes overshoot"),
-            (self.spread >= 0 <= self.hidden_rate,
-             f"spread is {self.spread}, hidden_rate is {self.hidden_rate}; neither can be negative"),
-            (self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be above 0"),
-            (self.depth == 0 or not (self.n_kv_head or self.bias),
-             f"n_kv_head and bias are for softmax attention, but depth is {self.depth}; set depth=0"),
+             "adaptive names alpha, which a memory with decay {decay!r} does not have; leave it out of adaptive"),
+             (self.n_head % (self.n_kv_head or 1) == 0,
+              "n_kv_head is {n_kv_head}; give a divisor of n_head {n_head}, or 0 for n_head itself"),
+             (self.depth == 0 or not (self.n_kv_head or self.bias),
+             "n_kv_head and bias are for softmax attention, but depth is {depth}; set depth=0"),
             (self.depth == 2 or not (self.memory_norm or self.expand > 1),
-             f"memory_norm and expand are for MLP memories, but depth is {self.depth}; set depth=2"),
-            (not (self.rotary or self.depth == 0) or self.d_head % 2 == 0,
-             f"rotary positions need an even head width, not {self.d_head}; change n_head or d_model"),
-            (not (self.rotary and {"k", "q"} & set(self.adaptive)),
-             "rotary positions are for static keys and queries; take k and q out of adaptive"),
-        ):  # fmt: skip
-            require(holds, message)
+             "memory_norm and expand are for MLP memories, but depth is {depth}; set depth=2"),
+            (not rotary or self.d_model // self.n_head % 2 == 0,
+             "rotary positions need an even head width, not {d_model} / {n_head}; change n_head or d_model"),
+            (not self.rotary or static, "rotary positions are for static k and q; take them out of adaptive"),
+        )  # fmt: skip
 
     @property
     def d_head(self) -> int:
@@ -215,33 +230,30 @@ class MemoryConfig:
 class HopeConfig:
     """A language model: `n_layer` blocks of a memory and a continuum memory system (eqs. 94-97)."""
 
-    vocab_size: int = setting(256, "number of tokens")
-    n_layer: int = setting(2, "blocks")
+    vocab_size: int = setting(256, "number of tokens", least=1)
+    n_layer: int = setting(2, "blocks", least=1)
     memory: MemoryConfig = MemoryConfig()
-    pattern: tuple[str, ...] = setting(
-        ("memory",), "layers of successive blocks, repeated: memory, or attention over the last `window` tokens"
-    )
+    pattern: tuple[str, ...] = setting(("memory",), "layers of the blocks in turn: memory, or attention over `window`")
     cms: tuple[float, ...] = setting(
         (64, 256, INF),
         "chunk size of each MLP of the CMS; inf moves with the outer optimizer only, at every step; one longer than a "
-        "training sequence moves its start state once per chunk, by the sum of its gradients",
-    )
+        "training sequence moves its start state once per chunk, by the sum of its gradients", least=1,
+    )  # fmt: skip
     cms_hidden: float = setting(
-        2.0, "hidden width of each of these MLPs, times d_model; presets fit it to the size's parameter budget"
+        2.0, "hidden width of these MLPs, times d_model; presets fit it to the size's parameters", above=0, below=INF
     )
     cms_rate: tuple[float, ...] = setting(
-        (1.0,), "inner step size per mean gradient of a chunk, one or one for each in-context level; 0: no writes"
+        (1.0,), "inner step per mean gradient of a chunk, one or one for each level; 0: no writes", least=0, below=INF
     )
     learn_rates: bool = setting(True, "whether these step sizes are learnt, up to twice the given ones")
     wiring: Literal["sequential", "nested", "independent"] = setting(
-        "sequential",
-        "levels in a chain (eq. 73), with start states learnt one level up (eq. 72), or side by side (eq. 74)",
+        "sequential", "a chain (eq. 73), one with start states learnt a level up (eq. 72), or side by side (eq. 74)"
     )
     mlp: Literal["silu", "swiglu", "gelu"] = setting("silu", "kind of MLP; gelu is its tanh form")
     mlp_bias: bool = setting(False, "biases in the MLPs; they are not written in context")
     norm: Literal["rms", "layer"] = setting("rms", "norm in front of every layer; layer is LayerNorm, with a bias")
-    norm_eps: float = setting(1e-3, "what the norms add to the mean square")
-    n_position: int = setting(0, "learnt absolute positions, and so the longest stream; 0 for none")
+    norm_eps: float = setting(1e-3, "what the norms add to the mean square", least=0, below=INF)
+    n_position: int = setting(0, "learnt absolute positions, and so the longest stream; 0 for none", least=0)
     tied: bool = setting(False, "the output head is the embedding")
     inner_grad: Literal["first-order", "full"] = setting(
         "first-order", "whether the outer gradient sees through the inner one (full costs a second derivative)"
@@ -257,17 +269,12 @@ class HopeConfig:
         "1.3b": dict(d_model=2048, n_head=32, n_layer=24, weight=11.6, vocab_size=32000),
     }  # fmt: skip
     TRANSFORMER = dict(cms=(INF,), mlp="swiglu")
-    ARCHS = {
-        "hope": dict(memory="hope"),
+    ARCHS = {  # with the memory of the same name, unless another is named
+        "hope": {},
         "hope-attention": dict(memory="attention"),
         "transformer++": dict(TRANSFORMER, memory="attention"),
-        "titans": dict(TRANSFORMER, memory="titans"),
-        "deltanet": dict(TRANSFORMER, memory="deltanet"),
-        "gated-deltanet": dict(TRANSFORMER, memory="gated-deltanet"),
-        "retnet": dict(TRANSFORMER, memory="retnet"),
-        "linear-attention": dict(TRANSFORMER, memory="linear-attention"),
-        "ttt": dict(TRANSFORMER, memory="ttt"),
-        "dla": dict(TRANSFORMER, memory="dla"),
+        **dict.fromkeys(("titans", "dla", "ttt", "deltanet", "gated-deltanet"), TRANSFORMER),
+        **dict.fromkeys(("linear-attention", "retnet"), TRANSFORMER),
         "samba": dict(TRANSFORMER, memory="gated-deltanet", pattern=("memory", "attention"), window=2048),
     }  # fmt: skip
 
@@ -276,7 +283,7 @@ class HopeConfig:
         """`arch` at `size`, with any field of HopeConfig or MemoryConfig overridden by its name."""
         check_preset("size", size, cls.SIZES)
         check_preset("architecture", arch, cls.ARCHS)
-        settings = {**cls.SIZES[size], **cls.ARCHS[arch], **overrides}
+        settings = {"memory": arch, **cls.SIZES[size], **cls.ARCHS[arch], **overrides}
         memory, weight = settings.pop("memory"), settings.pop("weight")
         inner = {f.name: settings.pop(f.name) for f in fields(MemoryConfig) if f.name in settings}
         unknown = set(settings) - {f.name for f in fields(cls)}
@@ -293,43 +300,36 @@ class HopeConfig:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> HopeConfig:
         """What `dataclasses.asdict` makes of a config, after JSON: lists for tuples, "inf" for infinity."""
-
-        def tuples(settings: dict[str, Any]) -> dict[str, Any]:
-            return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-
+        tuples = lambda given: {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         settings = tuples(stored)
         for name in ("cms", "cms_rate"):
             settings[name] = tuple(map(float, settings[name]))
         return cls(**{**settings, "memory": MemoryConfig(**tuples(stored["memory"]))})
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_positive(self, "vocab_size", "n_layer")
-        require(self.cms, "cms is empty; give at least one chunk size, inf for a plain MLP")
-        for c in self.cms:
-            whole = c == INF or (c >= 1 and c == int(c))
-            require(whole, f"cms has {c}; chunk sizes are whole numbers from 1, or inf")
-        n = sum(c != INF for c in self.cms)
-        for holds, message in (
-            (self.norm_eps >= 0 <= self.n_position,
-             f"norm_eps is {self.norm_eps}, n_position is {self.n_position}; neither can be negative"),
-            (min(self.cms_rate, default=-1) >= 0 and len(self.cms_rate) in (1, n),
-             f"cms_rate is {self.cms_rate}; give one step size from 0, or one for each of {n} in-context levels"),
+        check_settings(self)
+        whole = all(c == INF or c == int(c) for c in self.cms)
+        finite = [c for c in self.cms if c != INF]
+        check_rules(
+            self,
+            (self.cms, "cms is empty; give at least one chunk size, inf for a plain MLP"),
+            (whole, "cms is {cms}; chunk sizes are whole numbers from 1, or inf"),
+            (round(self.cms_hidden * self.memory.d_model) >= 1,
+             f"cms_hidden is {{cms_hidden}}, no whole unit; give at least 1 / d_model = {1 / self.memory.d_model}"),
+            (len(self.cms_rate) in (1, len(finite)),
+             f"cms_rate is {{cms_rate}}; give one step size, or one for each of {len(finite)} in-context levels"),
             (self.wiring != "nested" or list(self.cms) == sorted(self.cms),
-             f"cms is {self.cms}; nested levels go from fast to slow, so sort the chunk sizes"),
+             "cms is {cms}; nested levels go from fast to slow, so sort the chunk sizes"),
             (self.pattern and set(self.pattern) <= {"memory", "attention"},
-             f"pattern is {self.pattern}; it lists one or more of: memory, attention"),
-        ):  # fmt: skip
-            require(holds, message)
+             "pattern is {pattern}; it lists one or more of: memory, attention"),
+        )  # fmt: skip
 
     @property
     def rates(self) -> list[float]:
         """Inner step size of every level of the CMS; 0 for one that is not written in context."""
-        rates = [0.0] * len(self.cms)
-        finite = [i for i, c in enumerate(self.cms) if c != INF]
-        for place, i in enumerate(finite):
-            rates[i] = self.cms_rate[0 if len(self.cms_rate) == 1 else place]
-        return rates
+        finite = sum(c != INF for c in self.cms)
+        given = iter(self.cms_rate * finite if len(self.cms_rate) == 1 else self.cms_rate)
+        return [0.0 if c == INF else next(given) for c in self.cms]
 
     @property
     def written(self) -> list[int]:
@@ -349,8 +349,7 @@ class HopeConfig:
         return MemoryConfig.preset("attention", d_model=m.d_model, n_head=m.n_head, conv=m.conv, window=m.window)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# States
+# ---- States ----
 
 
 def map_state(fn: Callable[..., Tensor], state: Any, *others: Any) -> Any:
@@ -361,8 +360,44 @@ def map_state(fn: Callable[..., Tensor], state: Any, *others: Any) -> Any:
         parts = {f.name: map_state(fn, *(getattr(s, f.name) for s in (state, *others))) for f in fields(state)}
         return replace(state, **parts)
     if isinstance(state, (list, tuple)):
-        return type(state)(map_state(fn, *s) for s in zip(state, *others))
+        return type(state)(map_state(fn, *s) for s in zip(state, *others, strict=True))
     return state
+
+
+def outline(state: Any) -> Any:
+    """The kinds and shapes of a state's parts, but for how many sequences there are and how many keys are kept."""
+    if isinstance(state, Tensor):
+        return tuple(state.shape[1:])
+    if isinstance(state, AttentionState):
+        state = replace(state, k=state.k[:, :, :0], v=state.v[:, :, :0])
+    if is_dataclass(state):
+        return type(state).__name__, *(outline(getattr(state, f.name)) for f in fields(state))
+    return [outline(part) for part in state] if isinstance(state, (list, tuple)) else state is None
+
+
+def check_batch(state: Any, b: int) -> None:
+    """ValueError unless `state` is one of b sequences."""
+    sizes: set[int] = set()
+    map_state(lambda z: sizes.add(z.shape[0]) or z, state)
+    given = ", ".join(map(str, sizes))
+    require(
+        sizes <= {b}, f"the state is of {given} sequences and the input of {b}; HopeState.select takes some of them"
+    )
+
+
+def check_state(model: Hope, state: HopeState, b: int) -> None:
+    """ValueError unless `state` is one of `model`, of b sequences."""
+    anew = "give a HopeState that this model returned, or none to start anew"
+    require(isinstance(state, HopeState), f"the state is a {type(state).__name__}; {anew}")
+    check_batch(state, b)
+    own = model.init_state(0)
+    pairs = [(state.memories, own.memories), (state.cms, own.cms)]
+    if state.segment is not None:
+        pairs.append((state.segment.memories, own.memories))
+    for given, expected in pairs:
+        require(len(given) == len(expected), f"the state has {len(given)} blocks and the model {len(expected)}; {anew}")
+        for i, (one, other) in enumerate(zip(outline(given), outline(expected))):
+            require(one == other, f"block {i} of the state has the parts {one} and the model's {other}; {anew}")
 
 
 @dataclass
@@ -388,8 +423,6 @@ class AttentionState:
     tail: Tensor | None
     k: Tensor  # (b, h, s, e), those that are still seen
     v: Tensor
-    first: Tensor  # (b,) index of a sequence's first key; those before it were forgotten by a reset
-    cut: bool = False  # whether there was a reset
 
 
 @dataclass
@@ -403,10 +436,8 @@ class FastMLP:
 
     def add(self, gradient: list[Tensor]) -> FastMLP:
         """With a segment's gradient in the sums."""
-        total = [a + g for a, g in zip(self.total, gradient)]
-        if self.start is None:
-            return replace(self, total=total)
-        return replace(self, total=total, start_total=[a + g for a, g in zip(self.start_total, gradient)])
+        plus = lambda sums: sums and [a + g for a, g in zip(sums, gradient)]
+        return replace(self, total=plus(self.total), start_total=plus(self.start_total))
 
     def move(self, step: Tensor) -> FastMLP:
         """At the end of its chunk (eq. 71)."""
@@ -466,8 +497,7 @@ class HopeState:
             return torch.load(path, weights_only=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memories
+# ---- Memories ----
 
 
 def in_float32(z: Tensor) -> Tensor:
@@ -600,6 +630,16 @@ class SequenceLayer(nn.Module):
             return None
         return self.conv.weight.new_zeros(b, self.config.conv - 1, self.config.d_model)
 
+    def _begin(self, x: Tensor, state: Any) -> Any:
+        """The state to go on with; ValueError unless x is (b, t, d) and the state is one of b sequences."""
+        d = self.config.d_model
+        fits = x.dim() == 3 and x.shape[-1] == d and x.is_floating_point()
+        require(fits, f"x is {x.dtype} of shape {tuple(x.shape)}; give floats (batch, time, d_model = {d})")
+        if state is None:
+            return self.init_state(x.shape[0])
+        check_batch(state, x.shape[0])
+        return state
+
     def _heads(self, x: Tensor, to: nn.Linear | None) -> Tensor:
         return rearrange(x if to is None else to(x), "b t (h e) -> b h t e", e=self.config.d_head)
 
@@ -653,9 +693,7 @@ class Memory(SequenceLayer):
     def __init__(self, config: MemoryConfig | None = None, **settings: Any):
         super().__init__(replace(config, **settings) if config else MemoryConfig(**settings))
         c, d, h = self.config, self.config.d_model, self.config.n_head
-        require(
-            c.depth > 0, "depth is 0, which is softmax attention; use hope.make_layer or Memory.preset('attention')"
-        )
+        require(c.depth > 0, "depth is 0: softmax attention; use hope.make_layer or Memory.preset('attention')")
         self.compiled = False  # whether complete chunks run through torch.compile, see `compile_parts`
         self.adaptive = [name for name in ("k", "v", "q", "eta", "alpha") if name in c.adaptive]
 
@@ -706,7 +744,7 @@ class Memory(SequenceLayer):
 
     def _joined(self, group: str, name: int | str) -> Tensor:
         """A layer's start state, or the values' "scale", of all memories of a group: (h, n, ...)."""
-        return torch.cat([self.start[f"{part}_{name}"] for part in self.groups[group]], 1)
+        return in_float32(torch.cat([self.start[f"{part}_{name}"] for part in self.groups[group]], 1))
 
     def _init_group(self, group: str, b: int) -> Weights | None:
         if group not in self.groups:
@@ -725,14 +763,16 @@ class Memory(SequenceLayer):
 
     def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
-        state = state or self.init_state(x.shape[0])
+        state = self._begin(x, state)
         if x.shape[1] == 0:
             return torch.zeros_like(x), state
         x, tail = causal_conv(self.conv, x, state.tail)
         streams = self._streams(x, state.t)
-        groups = {name: getattr(state, name) for name in self.groups}
+        kind = next(iter(streams.values())).dtype  # float32 at least; a state of another type is taken as that
+        groups = {name: map_state(lambda w: w.to(kind), getattr(state, name)) for name in self.groups}
         with torch.autocast(x.device.type, enabled=False):
             y, groups = self._scan(streams, groups, state.t)
+        y = y.to(x.dtype) if self.to_y is None else y
         return self._out(y), MemoryState(state.t + x.shape[1], tail, groups.get("proj"), groups["main"])
 
     def _streams(self, x: Tensor, t: int) -> dict[str, Tensor]:
@@ -802,7 +842,8 @@ class Memory(SequenceLayer):
         join = lambda what: torch.cat([self._joined(name, what) for name in groups], 1)
         y = memory_scan(
             streams, joined.now, joined.momentum, joined.anchor, t=t, chunk=c.chunk, chunk_proj=c.chunk_proj,
-            gates={name: (gate.read, gate.bias) for name, gate in self.gates.items() if name in self.adaptive},
+            gates={name: (in_float32(gate.read), in_float32(gate.bias))
+                   for name, gate in self.gates.items() if name in self.adaptive},
             scale=join("scale") if c.self_values and c.value_norm else None, adaptive=len(self.adaptive),
             start=join(0) if c.depth == 2 and c.origin == "start" else None, hidden_rate=c.hidden_rate,
             objective=c.objective, step=c.step, read=c.read, self_values=c.self_values, qk_norm=c.qk_norm,
@@ -907,7 +948,7 @@ class Attention(SequenceLayer):
     def init_state(self, b: int) -> AttentionState:
         """The state of b sequences before their first token."""
         empty = self.to_k.weight.new_zeros(b, self.n_kv, 0, self.config.d_head)
-        return AttentionState(0, self._empty_tail(b), empty, empty, empty.new_zeros(b, dtype=torch.long))
+        return AttentionState(0, self._empty_tail(b), empty, empty)
 
     def restart_graph(self, state: AttentionState) -> AttentionState:
         """The same state as values."""
@@ -915,8 +956,7 @@ class Attention(SequenceLayer):
 
     def forward(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
         """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
-        c = self.config
-        state = state or self.init_state(x.shape[0])
+        c, state = self.config, self._begin(x, state)
         x, tail = causal_conv(self.conv, x, state.tail)
         q, k, v = (self._heads(x, to) for to in (self.to_q, self.to_k, self.to_v))
         if c.qk_norm:
@@ -929,20 +969,15 @@ class Attention(SequenceLayer):
         key = torch.arange(keys, device=x.device)
         query = key[keys - queries :, None]
         seen = (key <= query) & (key > query - c.window) if c.window else key <= query
-        if state.cut:
-            seen = seen & (key >= state.first[:, None, None, None])
-        causal, gqa = queries == keys and not c.window and not state.cut, self.n_kv != c.n_head
+        causal, gqa = queries == keys and not c.window, self.n_kv != c.n_head
         mask = None if causal else seen
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=gqa)
-        first = state.first
         if c.window:
-            first = (first - max(0, keys - c.window)).clamp(min=0)
             k, v = k[:, :, -c.window :], v[:, :, -c.window :]
-        return self._out(y), AttentionState(state.t + x.shape[1], tail, k, v, first, state.cut)
+        return self._out(y), AttentionState(state.t + x.shape[1], tail, k, v)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Continuum memory system
+# ---- Continuum memory system ----
 
 
 class FastLinear(nn.Linear):
@@ -1013,7 +1048,7 @@ class CMS(nn.Module):
         """Step size of every level that is written in context, per mean gradient of its chunk."""
         if self.raw_rates is None:
             return [torch.tensor(rate) for rate in self.start_rates]
-        return [2 * rate * torch.sigmoid(raw) for rate, raw in zip(self.start_rates, self.raw_rates)]
+        return [2 * rate * torch.sigmoid(raw) for rate, raw in zip(self.start_rates, in_float32(self.raw_rates))]
 
     def init_state(self, b: int) -> list[FastMLP | None]:
         """Of every level the change in b sequences, 0 at first; None where none is written."""
@@ -1047,8 +1082,7 @@ class CMS(nn.Module):
         return fast.move(steps[i]) if t % self.chunks[i] == 0 else fast
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hope
+# ---- Hope ----
 
 
 class Block(nn.Module):
@@ -1059,9 +1093,12 @@ class Block(nn.Module):
         self.norm = make_norm(config)
         self.memory = make_layer(config.layer(i))
         self.cms = CMS(config)
+        # Of torch's attentions only the one spelt out in PyTorch has a second derivative.
+        self.attend = partial(sdpa_kernel, SDPBackend.MATH) if config.inner_grad == "full" else nullcontext
 
     def forward(self, x: Tensor, memory: Any, cms: list[FastMLP | None]) -> tuple[Tensor, Any]:
-        y, memory = self.memory(self.norm(x), memory)
+        with self.attend():
+            y, memory = self.memory(self.norm(x), memory)
         return self.cms(x + y, cms), memory
 
 
@@ -1098,15 +1135,42 @@ class Lesson:
         (total if self.scored is None else total / self.scored).backward()
 
 
+def check_tokens(tokens: Tensor, vocab_size: int, like: Tensor | None = None) -> Tensor:
+    """`tokens` as int64, or ValueError unless they are integers (b, t) within the vocabulary.
+
+    With the tokens they are `like`, they are targets: of that shape, -100 is allowed. What values are is looked up on
+    the CPU only, since a GPU would have to be waited for.
+    """
+    name, also = ("tokens", "") if like is None else ("targets", ", or -100 to leave one out")
+    given = f"{name} are {tokens.dtype} of shape {tuple(tokens.shape)}"
+    whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    require(whole and tokens.dim() == 2, f"{given}; give integers (batch, time), as by tokens[None] for one sequence")
+    same = like is None or like.shape == tokens.shape
+    require(same, f"{given}, but not the tokens; give each token its target")
+    tokens = tokens.long()
+    if type(tokens) is Tensor and tokens.device.type == "cpu":
+        beyond = tokens[((tokens < 0) | (tokens >= vocab_size)) & ((tokens != -100) | (like is None))].tolist()
+        require(not beyond, f"{name} hold {beyond[:3]}; allowed: 0 to {vocab_size - 1}{also}")
+    return tokens
+
+
+def outside_inference_mode(method: Callable) -> Callable:
+    """Under torch.inference_mode a method runs as under torch.no_grad: a CMS needs gradients."""
+
+    @wraps(method)
+    def run(*args: Any, **how: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **how)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **how)
+
+    return run
+
+
 def own_deltas(state: list[FastMLP | None], detach: bool) -> list[FastMLP | None]:
     """A CMS's state with deltas to which a gradient can be taken that reaches no further back; leaves with `detach`."""
     own = lambda d: d.view_as(d) if d.requires_grad and not detach else d.detach().requires_grad_()
     return [fast and replace(fast, delta=[own(d) for d in fast.delta]) for fast in state]
-
-
-def deltas_of(state: list[FastMLP | None]) -> list[Sequence[Tensor]]:
-    """Of every level its deltas, none where it is not written."""
-    return [fast.delta if fast else () for fast in state]
 
 
 class Hope(nn.Module):
@@ -1134,35 +1198,8 @@ class Hope(nn.Module):
 
     def init_state(self, b: int) -> HopeState:
         """The state of b sequences before their first token."""
-        return HopeState(
-            [block.memory.init_state(b) for block in self.blocks], [block.cms.init_state(b) for block in self.blocks]
-        )
-
-    def reset(self, state: HopeState, rows: Sequence[int]) -> HopeState:
-        """The state with these sequences back before their first token; the others are left as they are.
-
-        Chunks go on by the batch's common clock. Raises ValueError inside a CMS segment or with a pending token, where
-        a sequence cannot be reset without touching the others.
-        """
-        require(
-            state.segment is None and state.pending is None,
-            f"reset after {state.observed} observed tokens, inside a CMS chunk or with a token pending; give targets "
-            f"to observe and reset at a multiple of {min(self.config.clocks, default=1)} tokens",
-        )
-        fresh, rows = self.init_state(1), torch.as_tensor(rows)
-
-        def put(old: Tensor, new: Tensor) -> Tensor:
-            old = old.clone()
-            old[rows] = new.to(old.dtype)
-            return old
-
-        memories = []
-        for old, new in zip(state.memories, fresh.memories):
-            if isinstance(old, AttentionState):  # keys are as many as before, only out of these sequences' sight
-                new = replace(new, k=old.k[rows], v=old.v[rows], first=torch.full_like(new.first, old.k.shape[2]))
-                old = replace(old, cut=True)
-            memories.append(map_state(put, old, new))
-        return replace(state, memories=memories, cms=map_state(put, state.cms, fresh.cms))
+        memories, cms = zip(*((block.memory.init_state(b), block.cms.init_state(b)) for block in self.blocks))
+        return HopeState(list(memories), list(cms))
 
     def _run(self, tokens: Tensor, memories: list, cms: list) -> tuple[Tensor, list]:
         """Logits (b, t, vocab_size) and the memories after the last token; the CMS is read as it stands."""
@@ -1170,11 +1207,8 @@ class Hope(nn.Module):
         if self.embed_position is not None:
             start, longest = memories[0].t, self.config.n_position
             end = start + tokens.shape[1]
-            require(
-                end <= longest,
-                f"the stream reaches {end} tokens, but this model has learnt positions for {longest}; "
-                "start a new state there",
-            )
+            reach = f"the stream reaches {end} tokens, but this model has learnt positions for {longest}"
+            require(end <= longest, f"{reach}; start a new state there")
             x = x + self.embed_position.weight[start:end]
         for block, memory, fast in zip(self.blocks, memories, cms):
             if self.recompute and torch.is_grad_enabled():
@@ -1185,29 +1219,34 @@ class Hope(nn.Module):
         x = self.norm(x)
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x), new
 
-    def _begin(self, tokens: Tensor, state: HopeState | None) -> HopeState:
-        require(
-            tokens.dim() == 2 and not tokens.is_floating_point(),
-            f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}; give integers (batch, time)",
-        )
-        return state or self.init_state(tokens.shape[0])
+    def _begin(self, tokens: Tensor, state: HopeState | None) -> tuple[Tensor, HopeState]:
+        """Both as they are computed with, or ValueError."""
+        tokens = check_tokens(tokens, self.config.vocab_size)
+        if state is None:
+            return tokens, self.init_state(tokens.shape[0])
+        check_state(self, state, tokens.shape[0])
+        return tokens, map_state(lambda z: z.clone() if z.is_inference() else z, state)
 
+    def _bank(self, state: HopeState, lesson: Lesson) -> HopeState:
+        """The state with the open segment's gradient in the sums of the CMS, so that unobserved tokens may follow."""
+        if state.segment is None or lesson.levels == []:
+            return replace(state, segment=None)
+        _, _, cms = self._learn(state.segment, state.segment.tokens.shape[1], state.cms, state.observed, lesson)
+        return replace(state, cms=cms, segment=None)
+
+    @outside_inference_mode
     def forward(self, tokens: Tensor, state: HopeState | None = None) -> tuple[Tensor, HopeState]:
         """Read a stream without scoring it: memories are written, the CMS is read as it stands.
 
         tokens: (b, t) integers. Returns logits (b, t, vocab_size) and the state.
         """
-        state = self._begin(tokens, state)
-        require(
-            state.pending is None,
-            "this state has a pending token from observe; continue with observe, or pass targets to it",
-        )
-        if state.segment is not None:  # bank its gradient, so that tokens which are not observed may follow
-            _, _, cms = self._learn(state.segment, state.segment.tokens.shape[1], state.cms, state.observed, Lesson())
-            state = replace(state, cms=cms, segment=None)
+        tokens, state = self._begin(tokens, state)
+        require(state.pending is None, "a token of this state waits for its target; continue with observe or stream")
+        state = self._bank(state, Lesson())
         logits, memories = self._run(tokens, state.memories, state.cms)
         return logits, replace(state, memories=memories)
 
+    @outside_inference_mode
     def observe(
         self, tokens: Tensor, targets: Tensor | None = None, state: HopeState | None = None, backward: bool = False,
         reduction: Literal["mean", "none"] = "mean", levels: Sequence[int] | None = None, surprise: float = 0.0,
@@ -1237,24 +1276,22 @@ class Hope(nn.Module):
         able = self.config.written
         unable = set(levels or ()) - set(able)
         require(not unable, f"levels {sorted(unable)} of the CMS do not learn in context; those that do: {able}")
-        state = self._begin(tokens, state)
+        tokens, state = self._begin(tokens, state)
         if targets is None:
             if state.pending is not None:
                 tokens = torch.cat([state.pending, tokens], 1)
             state = replace(state, pending=tokens[:, -1:])
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
         else:
-            require(
-                state.pending is None,
-                "this state has a pending token from observe without targets; go on without targets",
-            )
+            require(state.pending is None, "a token of this state waits for its target; go on without targets")
+            targets = check_tokens(targets, self.config.vocab_size, like=tokens)
         scored = (targets != -100).sum().clamp(min=1)
         lesson = Lesson(levels, surprise, truncate, scored if reduction == "mean" else None)
         losses, lengths = [], piece_lengths(state.observed, tokens.shape[1], self.config.clocks)
         for piece in zip(tokens.split(lengths, 1), targets.split(lengths, 1)):
             loss, state = self._observe_piece(*piece, state, lesson)
             losses.append(loss)
-        loss = torch.cat(losses, 1) if losses else tokens.new_zeros(tokens.shape, dtype=self.embed.weight.dtype)
+        loss = torch.cat(losses, 1) if losses else in_float32(self.embed.weight.new_zeros(tokens.shape))
         if reduction == "mean":
             loss = loss.sum() / scored
         if backward and not truncate:
@@ -1262,9 +1299,9 @@ class Hope(nn.Module):
         return (loss.detach(), state.detach()) if backward else (loss, state)
 
     def _observe_piece(
-        self, tokens: Tensor, targets: Tensor, state: HopeState, lesson: Lesson
+        self, tokens: Tensor, targets: Tensor, state: HopeState, lesson: Lesson, read: tuple | None = None
     ) -> tuple[Tensor, HopeState]:
-        """Tokens (b, s) that lie within one segment -> their losses (b, s) and the state."""
+        """Tokens (b, s) that lie within one segment -> losses (b, s), the state; `read`: what `_run` makes of them."""
         observed, segment = state.observed + tokens.shape[1], state.segment
         if self.config.clocks:
             before = 0 if segment is None else segment.tokens.shape[1]
@@ -1273,7 +1310,7 @@ class Hope(nn.Module):
             losses, memories, cms = self._learn(segment, before, state.cms, observed, lesson)
             segment = None
         else:
-            logits, memories = self._run(tokens, state.memories, state.cms)
+            logits, memories = read or self._run(tokens, state.memories, state.cms)
             losses, cms = token_loss(logits, targets), state.cms
             if lesson.truncate:
                 with torch.autocast(tokens.device.type, enabled=False):
@@ -1303,7 +1340,7 @@ class Hope(nn.Module):
             fresh = [own_deltas(state, detach=lesson.truncate) for state in cms]
             logits, memories = self._run(segment.tokens, segment.memories, fresh)
             losses = token_loss(logits, segment.targets)
-            deltas, layout = tree_flatten([deltas_of(state) for state in fresh])
+            deltas, layout = tree_flatten([[fast.delta if fast else () for fast in state] for state in fresh])
             with torch.autocast(logits.device.type, enabled=False):
                 if lesson.truncate and before == 0:
                     lesson.backward(losses)
@@ -1325,76 +1362,93 @@ class Hope(nn.Module):
             losses, memories, new = (map_state(Tensor.detach, z) for z in (losses, memories, new))
         return losses, memories, new
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def generate(
-        self, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
-        top_k: int | None = None, top_p: float | None = None, state: HopeState | None = None, stop: Sequence[int] = (),
-        memorize: bool | Sequence[int] = True, surprise: float = 0.0,
-    ) -> Tensor:  # fmt: skip
-        """Continue prompts by sampled tokens.
+    def stream(
+        self, tokens: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+        state: HopeState | None = None, stop: Sequence[int] = (), memorize: bool | Sequence[int] = True,
+        surprise: float = 0.0, learn_own: bool = False,
+    ) -> Iterator[tuple[Tensor, HopeState]]:  # fmt: skip
+        """Continue prompts by sampled tokens: yields the next of every sequence, and the state after them.
 
-        The prompt is observed, so the CMS learns from it; what the model says itself is only read.
+        By that state `observe`, `stream` and `generate` go on: what was said is in its memories, but for the last
+        token, which waits there for the next. The CMS learns from the prompt, which is observed.
 
         Args:
-            tokens: (b, t) prompts, or a list of prompts of different lengths.
+            tokens: (b, t) prompts.
             temperature: 0 picks the likeliest token.
             top_k, top_p: sample among that many of the likeliest tokens, or the fewest with that much probability.
-            state: continue from here; the prompts must then be of one length.
-            stop: tokens after which a sequence is finished.
+            state: continue from here.
+            stop: tokens after which a sequence is finished and repeats them; when all are, so is the stream.
             memorize: whether the CMS learns from the prompt, or which of its levels; see `observe`, also for surprise.
-
-        Returns:
-            (b, max_new_tokens) new tokens; a finished sequence is filled up with its stop token.
+            learn_own: it learns from what the model says itself in the same way; else that is only read.
         """
-        require(
-            temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1),
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}; "
-            "allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1",
-        )
-        device = self.embed.weight.device
-        if not isinstance(tokens, Tensor):
-            # Prompts of one length run together; others cannot join, since their chunks would end at other times.
-            how = dict(temperature=temperature, top_k=top_k, top_p=top_p, state=state, stop=stop, memorize=memorize)
-            rows_of: dict[int, list[int]] = {}
-            for i, prompt in enumerate(tokens):
-                rows_of.setdefault(len(prompt), []).append(i)
-            require(
-                state is None or len(rows_of) <= 1,
-                f"a state continues prompts of one length, not of {sorted(rows_of)}; generate for each by itself",
-            )
-            new = torch.empty(len(tokens), max_new_tokens, dtype=torch.long, device=device)
-            for rows in rows_of.values():
-                batch = torch.stack([torch.as_tensor(tokens[i], dtype=torch.long, device=device) for i in rows])
-                new[rows] = self.generate(batch, max_new_tokens, surprise=surprise, **how)
-            return new
-        continued = state is not None and state.pending is not None
-        require(tokens.shape[1] > 0 or continued, "the prompt is empty; give at least one token")
         levels = {True: None, False: []}[memorize] if isinstance(memorize, bool) else memorize
+        lesson, continued = Lesson(levels, surprise), isinstance(state, HopeState) and state.pending is not None
+        require(tokens.dim() != 2 or tokens.shape[1] > 0 or continued, "the prompt is empty; give at least one token")
         _, state = self.observe(tokens, state=state, levels=levels, surprise=surprise)
-        said, done = [state.pending], torch.zeros_like(state.pending, dtype=torch.bool)
-        stop = torch.tensor(list(stop), device=device, dtype=torch.long)
-        state = replace(state, pending=None, segment=None)  # nothing more is observed
-        for _ in range(max_new_tokens):
-            logits, state = self(said[-1], state)
-            said.append(torch.where(done, said[-1], sample(logits[:, -1], temperature, top_k, top_p)))
-            done |= torch.isin(said[-1], stop)
-            if done.all():
-                said += [said[-1]] * (max_new_tokens + 1 - len(said))
-                break
-        return torch.cat(said[1:], 1)
+        state = state if learn_own else self._bank(state, lesson)
+        done, stop = torch.zeros_like(state.pending, dtype=torch.bool), state.pending.new_tensor(list(stop))
+        while not done.all():
+            last = state.pending
+            logits, memories = self._run(last, state.memories, state.cms)
+            new = torch.where(done, last, sample(logits[:, -1], temperature, top_k, top_p))
+            if learn_own:
+                _, state = self._observe_piece(last, new.masked_fill(done, -100), state, lesson, (logits, memories))
+            else:
+                state = replace(state, memories=memories)
+            state = replace(state, pending=new)
+            done = done | torch.isin(new, stop)
+            yield new, state
+
+    def generate(
+        self, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, state: HopeState | None = None, **how: Any
+    ) -> Tensor:
+        """The next tokens (b, max_new_tokens) of prompts (b, t), or of a list of prompts of different lengths.
+
+        A finished sequence is filled up with its stop token. `how`: temperature and so on, see `stream`, which also
+        gives the state to go on from.
+        """
+        require(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; give a number from 0")
+        if isinstance(tokens, Tensor):
+            said = [new for new, _ in islice(self.stream(tokens, state=state, **how), max_new_tokens)]
+            return torch.cat([tokens[:, :0].long(), *said, *said[-1:] * (max_new_tokens - len(said))], 1)
+        # Prompts of one length run together; others cannot join, since their chunks would end at other times.
+        rows_of: dict[int, list[int]] = {}
+        for i, prompt in enumerate(tokens):
+            require(not isinstance(prompt, int), "prompts are lists of tokens; for a single one give [tokens]")
+            rows_of.setdefault(len(prompt), []).append(i)
+        fits = state is None or len(rows_of) <= 1
+        require(fits, f"a state continues prompts of one length, not of {sorted(rows_of)}; generate for each by itself")
+        device = self.embed.weight.device
+        new = torch.empty(len(tokens), max_new_tokens, dtype=torch.long, device=device)
+        for rows in rows_of.values():
+            batch = torch.stack([torch.as_tensor(tokens[i], dtype=torch.long, device=device) for i in rows])
+            new[rows] = self.generate(batch, max_new_tokens, state, **how)
+        return new
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of every token in nats, 0 where the target is -100. (b, t, vocab), (b, t) -> (b, t)"""
+    given = f"logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)}"
+    require(logits.shape[:-1] == targets.shape, f"{given}; give (b, t, vocab) and (b, t)")
     losses = F.cross_entropy(in_float32(logits).flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape)
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """logits (b, vocab) -> tokens (b, 1)"""
+    """logits (b, vocab) -> tokens (b, 1). ValueError for logits that are not finite, and for settings out of range."""
+    fits = temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+    given = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
+    require(fits, f"{given}; allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1")
+    best, likeliest = in_float32(logits).max(-1, keepdim=True)
+    require(
+        best.isfinite().all(), "logits are not finite: training diverged; take an earlier checkpoint, or a lower rate"
+    )
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    p, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+        return likeliest
+    logits = (in_float32(logits) - best) / max(temperature, 1e-30)  # the best is 0 at any temperature
+    p, order = torch.softmax(logits, -1).sort(-1, descending=True)
     if top_k is not None:
         p[:, top_k:] = 0
     if top_p is not None:
@@ -1402,8 +1456,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return order.gather(-1, torch.multinomial(p, 1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models from files
+# ---- Models from files ----
 
 
 def load(folder: str | Path) -> Hope:
@@ -1414,10 +1467,9 @@ def load(folder: str | Path) -> Hope:
     """
     folder = Path(folder)
     exported, checkpoints = folder / "model.safetensors", sorted((folder / "checkpoints").glob("step-*"))
-    require(
-        (folder / "config.json").exists() and (exported.exists() or checkpoints),
-        f"{folder} is neither a run with a checkpoint nor an export; give one that train.py made, such as runs/tiny",
-    )
+    given = f"{folder} is neither a run with a checkpoint nor an export"
+    found = (folder / "config.json").exists() and (exported.exists() or checkpoints)
+    require(found, f"{given}; give one that train.py made, such as runs/tiny")
     model = Hope(HopeConfig.from_dict(json.loads((folder / "config.json").read_text())["model"])).eval()
     if exported.exists():
         from safetensors.torch import load_file
@@ -1443,49 +1495,34 @@ class Family:
     settings: dict[str, Any]
     norm_eps: str  # what its config calls it
     requires: dict[str, tuple]  # options of its config, and the values that Hope-Attention can stand for
-    names: dict[str, str]  # our modules -> its modules; of several on one side, each is a slice of the rows
+    column: int  # of OUTER and INNER
+    layers: str  # where its blocks are
 
 
+# Modules of Hope, of Llama's family and of GPT-2's; of several in one place, each is a slice of the rows.
+OUTER = {
+    "embed": ("model.embed_tokens", "transformer.wte"),
+    "embed_position": ("", "transformer.wpe"),
+    "norm": ("model.norm", "transformer.ln_f"),
+    "head": ("lm_head", "lm_head"),
+}
+INNER = {
+    "norm": ("input_layernorm", "ln_1"),
+    "memory.to_q memory.to_k memory.to_v": ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn.c_attn"),
+    "memory.to_y": ("self_attn.o_proj", "attn.c_proj"),
+    "cms.levels.0.norm": ("post_attention_layernorm", "ln_2"),
+    "cms.levels.0.w_in": ("mlp.gate_proj mlp.up_proj", "mlp.c_fc"),
+    "cms.levels.0.w_out": ("mlp.down_proj", "mlp.c_proj"),
+}
 LLAMA = Family(
-    settings=dict(norm="rms", mlp="swiglu", rotary=True),
-    norm_eps="rms_norm_eps",
-    requires={"hidden_act": ("silu",), "use_sliding_window": (False,)},
-    names={
-        "embed": "model.embed_tokens",
-        "blocks.{}.norm": "model.layers.{}.input_layernorm",
-        "blocks.{}.memory.to_q": "model.layers.{}.self_attn.q_proj",
-        "blocks.{}.memory.to_k": "model.layers.{}.self_attn.k_proj",
-        "blocks.{}.memory.to_v": "model.layers.{}.self_attn.v_proj",
-        "blocks.{}.memory.to_y": "model.layers.{}.self_attn.o_proj",
-        "blocks.{}.cms.levels.0.norm": "model.layers.{}.post_attention_layernorm",
-        "blocks.{}.cms.levels.0.w_in": "model.layers.{}.mlp.gate_proj model.layers.{}.mlp.up_proj",
-        "blocks.{}.cms.levels.0.w_out": "model.layers.{}.mlp.down_proj",
-        "norm": "model.norm",
-        "head": "lm_head",
-    },
-)
+    dict(norm="rms", mlp="swiglu", rotary=True), "rms_norm_eps",
+    {"hidden_act": ("silu",), "use_sliding_window": (False,)}, 0, "model.layers",
+)  # fmt: skip
 GPT2 = Family(
-    settings=dict(norm="layer", mlp="gelu", rotary=False),
-    norm_eps="layer_norm_epsilon",
-    requires={
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    },
-    names={
-        "embed": "transformer.wte",
-        "embed_position": "transformer.wpe",
-        "blocks.{}.norm": "transformer.h.{}.ln_1",
-        "blocks.{}.memory.to_q blocks.{}.memory.to_k blocks.{}.memory.to_v": "transformer.h.{}.attn.c_attn",
-        "blocks.{}.memory.to_y": "transformer.h.{}.attn.c_proj",
-        "blocks.{}.cms.levels.0.norm": "transformer.h.{}.ln_2",
-        "blocks.{}.cms.levels.0.w_in": "transformer.h.{}.mlp.c_fc",
-        "blocks.{}.cms.levels.0.w_out": "transformer.h.{}.mlp.c_proj",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
-    },
-)
+    dict(norm="layer", mlp="gelu", rotary=False), "layer_norm_epsilon",
+    {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}, 1, "transformer.h",
+)  # fmt: skip
 FAMILIES = {"LlamaForCausalLM": LLAMA, "MistralForCausalLM": LLAMA, "Qwen2ForCausalLM": LLAMA, "GPT2LMHeadModel": GPT2}
 
 
@@ -1528,11 +1565,11 @@ def from_pretrained(
     require(not fixed, f"the checkpoint fixes {', '.join(sorted(fixed))}; leave out what is fixed")
     new = Hope(HopeConfig.preset(cms=tuple(cms), cms_rate=tuple(cms_rate), **settings, **overrides))
     with torch.no_grad():
-        for ours, theirs in family.names.items():
-            if ours == "head" and new.config.tied:
-                continue
-            for layer in range(new.config.n_layer if "{}" in ours else 1):
-                copy_modules(modules_of(new, ours, layer), modules_of(model, theirs, layer))
+        blocks = [(block, model.get_submodule(family.layers)[i], INNER) for i, block in enumerate(new.blocks)]
+        for ours, theirs, names in [(new, model, OUTER), *blocks]:
+            for name, columns in names.items():
+                if columns[family.column] and (name != "head" or not new.config.tied):
+                    copy_modules(modules_of(ours, name), modules_of(theirs, columns[family.column]))
         for block in new.blocks:
             for level in block.cms.levels[1:]:
                 level.w_out.weight.zero_()
@@ -1553,7 +1590,7 @@ def pretrained_settings(model: nn.Module, family: Family) -> dict[str, Any]:
     for name, (value, allowed) in found.items():
         require(value in allowed, f"this checkpoint has {name} {value!r}; allowed: {', '.join(map(str, allowed))}")
     biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
-    [w_out] = modules_of(model, family.names["blocks.{}.cms.levels.0.w_out"], 0)
+    [w_out] = modules_of(model.get_submodule(family.layers)[0], INNER["cms.levels.0.w_out"][family.column])
     return family.settings | dict(
         memory="attention", depth=0, pattern=("memory",), project=True, conv=0, qk_norm=False, y_norm=False,
         vocab_size=len(embed), d_model=d_model, n_layer=c.num_hidden_layers, n_head=c.num_attention_heads,
@@ -1565,9 +1602,8 @@ def pretrained_settings(model: nn.Module, family: Family) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def modules_of(model: nn.Module, names: str, layer: int) -> list[nn.Module]:
-    """The modules that an entry of Family.names stands for, in one layer."""
-    return [model.get_submodule(name) for name in names.replace("{}", str(layer)).split()]
+def modules_of(model: nn.Module, names: str) -> list[nn.Module]:
+    return [model.get_submodule(name) for name in names.split()]
 
 
 def copy_modules(ours: list[nn.Module], theirs: list[nn.Module]) -> None:
@@ -1582,8 +1618,7 @@ def copy_modules(ours: list[nn.Module], theirs: list[nn.Module]) -> None:
             target.copy_(part)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Levels and parameter groups
+# ---- Levels and parameter groups ----
 
 
 def param_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -1702,16 +1737,14 @@ def buffer_size(optimizer: torch.optim.Optimizer, buffer: str) -> int:
     """Numbers in one of the BUFFERS of an optimizer."""
     size = 0
     for group in optimizer.param_groups:
-        params = group["params"]
+        shapes = [(len(p), math.prod(p.shape[1:])) for p in group["params"] if p.ndim > 1]  # as matrices
         if buffer == "MLP":  # one for every shape
-            for d in (min(shape) for shape in {p.shape for p in params}):
-                size += 2 * d * max(1, round(group["hidden"] * d))
-        elif buffer == "preconditioner" and group["preconditioner"] == "identity":
-            pass
-        elif buffer == "preconditioner" and group["preconditioner"] == "kronecker":
-            size += sum(n * n for p in params for n in p.shape)
-        else:
-            size += sum(p.numel() for p in params)
+            widths = [min(shape) for shape in set(shapes)]
+            size += sum(2 * d * max(1, round(group["hidden"] * d)) for d in widths)
+        elif buffer != "preconditioner" or group["preconditioner"] == "diagonal":
+            size += sum(p.numel() for p in group["params"])
+        elif group["preconditioner"] == "kronecker":
+            size += sum(m * m + n * n for m, n in shapes)
     return size
 
 
@@ -1719,9 +1752,13 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
     """Every component of `model` and of the optimizers that train it, ordered by update frequency (Definition 2).
 
     A component is faster than another if it moves more often, or as often and the other's next state needs its own.
-    Raises ValueError for an optimizer whose memories are not known here.
+    Raises ValueError for another kind of model, and for an optimizer whose memories are not known here.
     """
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    require(isinstance(model, Hope), f"levels are those of a hope.Hope, not of a {type(model).__name__}")
+    for one in optimizers:
+        kind = type(one).__name__
+        require(kind in BUFFERS, f"levels knows nothing of the optimizer {kind}; allowed: {', '.join(BUFFERS)}")
     found = model_levels(model) + optimizer_levels(optimizers) + parameter_levels(model, optimizers)
     found.sort(key=lambda row: row.order)
     orders = sorted({row.order for row in found})
@@ -1759,7 +1796,6 @@ def optimizer_levels(optimizers: Sequence[torch.optim.Optimizer]) -> list[Level]
     found = []
     for optimizer in optimizers:
         kind, settings = type(optimizer).__name__, optimizer.param_groups[0]
-        require(kind in BUFFERS, f"levels knows nothing of the optimizer {kind}; allowed: {', '.join(BUFFERS)}")
         for buffer, (objective, rule) in BUFFERS[kind].items():
             size, steps = buffer_size(optimizer, buffer), settings["every"] if buffer == "slow momentum" else 1
             if size:

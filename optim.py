@@ -39,8 +39,7 @@ ALLOWED = {
 }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tensors that FSDP2 may have sharded
+# ---- Tensors that FSDP2 may have sharded ----
 
 
 def in_float32(t: Tensor) -> Tensor:
@@ -54,12 +53,17 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def stack_full(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape, gathered from their shards: (k, *shape), in float32 at least."""
-    return torch.stack([in_float32(t.full_tensor() if hasattr(t, "full_tensor") else t) for t in tensors])
+    """Tensors of one shape as matrices (k, o, i), gathered from their shards, in float32 at least.
+
+    A vector is a column; of more dimensions, as a convolution's (o, channels, height, width), all but one are joined.
+    """
+    full = [in_float32(t.full_tensor() if hasattr(t, "full_tensor") else t) for t in tensors]
+    return torch.stack([t.reshape(len(t), -1) for t in full])
 
 
 def shards(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `stack_full`: of each of `stacked` (k, *shape) what this process holds of `like`."""
+    """The inverse of `stack_full`: of each of `stacked` (k, o, i) what this process holds of `like`."""
+    stacked = stacked.reshape(len(like), *like[0].shape)
     if not hasattr(like[0], "full_tensor"):
         return list(stacked.unbind(0))
     from torch.distributed.tensor import DTensor, Replicate
@@ -104,7 +108,7 @@ class Batched(torch.optim.Optimizer):
     """
 
     SETTINGS: dict[str, Any] = {}  # with their defaults
-    DIMS: tuple[int, ...] = (2,)  # numbers of dimensions that parameters may have
+    DIMS = range(2, 6)  # numbers of dimensions that parameters may have; they are matrices (see `stack_full`)
 
     def __init__(self, params: Any, *values: Any, **settings: Any):
         given = dict(zip(self.SETTINGS, values)) | settings
@@ -136,11 +140,11 @@ class Batched(torch.optim.Optimizer):
         for p in group["params"]:
             if p.ndim not in dims or not p.is_floating_point():
                 raise ValueError(
-                    f"{kind} takes real parameters of {' or '.join(map(str, dims))} dimensions, not {p.dtype} of "
+                    f"{kind} takes real parameters of {dims[0]} to {dims[-1]} dimensions, not {p.dtype} of "
                     f"shape {tuple(p.shape)}; give it hope.param_groups(model)['matrix'] and the rest to AdamW"
                 )
 
-    def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
+    def _dims(self, group: dict[str, Any]) -> range:
         return self.DIMS
 
     @torch.no_grad()
@@ -153,7 +157,7 @@ class Batched(torch.optim.Optimizer):
         for group in self.param_groups:
             batches: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
-                if p.grad is None:
+                if p.grad is None or p.numel() == 0:
                     continue
                 if p.grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
@@ -195,8 +199,7 @@ class Batched(torch.optim.Optimizer):
                     self.state[p][name] = value.to(self.state[p][name].device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Delta gradient descent
+# ---- Delta gradient descent ----
 
 
 class Tap(torch.autograd.Function):
@@ -218,20 +221,29 @@ class Tap(torch.autograd.Function):
         return grad, None, None
 
 
-def tap_weight(note: Callable[[Tensor], None], layer: nn.Linear, args: tuple) -> None:
+class Note:
+    """Hands the inputs of a layer to an optimizer while that lives: the model keeps none alive, and a copy has none."""
+
+    def __init__(self, optimizer: DGD | None = None, p: Tensor | None = None):
+        self.optimizer, self.p = optimizer and weakref.ref(optimizer), p
+
+    def __call__(self, x: Tensor) -> None:
+        if self.optimizer and (alive := self.optimizer()):
+            alive._note(self.p, x)
+
+    def __reduce__(self) -> tuple:
+        return Note, ()
+
+
+def tap_weight(note: Note, layer: nn.Linear, args: tuple) -> None:
     """Before a forward pass of a layer: it is to use its weight by a Tap."""
-    if torch.is_grad_enabled() and layer.weight.requires_grad:
+    if note.optimizer and torch.is_grad_enabled() and layer.weight.requires_grad:
         # An attribute hides the parameter of the same name, until the forward pass is over.
         layer.__dict__["weight"] = Tap.apply(layer.weight, args[0].detach(), note)
 
 
 def untap_weight(layer: nn.Linear, args: tuple, output: Any) -> None:
     layer.__dict__.pop("weight", None)
-
-
-def note_inputs(optimizer: weakref.ref, p: Tensor, x: Tensor) -> None:
-    if (alive := optimizer()) is not None:
-        alive._note(p, x)
 
 
 class DGD(Batched):
@@ -256,17 +268,18 @@ class DGD(Batched):
     """
 
     SETTINGS = dict(lr=0.1, delta=1.0, normalize=False, weight_decay=0.0)
-    DIMS = tuple(range(6))
+    DIMS = range(6)
 
     def __init__(self, model: nn.Module, params: Any = None, *values: Any, **settings: Any):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"DGD takes the model first, not a {type(model).__name__}; write DGD(model, lr=0.1)")
         super().__init__(list(model.parameters() if params is None else params), *values, **settings)
         self._inputs: dict[Tensor, tuple[int, Tensor]] = {}  # of a weight: how many, and the sum of x x^T
         mine = {p for group in self.param_groups for p in group["params"]}
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight in mine]
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight in mine and m.weight.numel()]
         self._linear, self._hooks = {layer.weight for layer in layers}, []
         for layer in layers:
-            note = partial(note_inputs, weakref.ref(self), layer.weight)  # weak: the model keeps no optimizer alive
-            self._hooks.append(layer.register_forward_pre_hook(partial(tap_weight, note)))
+            self._hooks.append(layer.register_forward_pre_hook(partial(tap_weight, Note(self, layer.weight))))
             self._hooks.append(layer.register_forward_hook(untap_weight, always_call=True))
 
     def remove_hooks(self) -> None:
@@ -317,8 +330,7 @@ class DGD(Batched):
         return shards(new - W, params)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Momentum
+# ---- Momentum ----
 
 
 class DeltaMomentum(Batched):
@@ -332,18 +344,18 @@ class DeltaMomentum(Batched):
     """
 
     SETTINGS = dict(lr=0.01, momentum=0.9, delta=1.0, bounded=True, weight_decay=0.0)
-    DIMS = (1, 2)
+    DIMS = range(1, 6)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         buffers, c = self._buffers(params, "momentum"), group["delta"]
-        m, G = (z.reshape(*z.shape[:2], -1) for z in (stack_full(buffers), stack_full([p.grad for p in params])))
-        K = G
+        m, K = stack_full(buffers), stack_full([p.grad for p in params])
+        G = K
         if group["bounded"]:
             K, size = unit(G, (-2, -1))
             c = c / (size.pow(-2) + c) if c else 0.0  # |g|^2 times the bounded coefficient
         along = m @ (K.mT @ K) if m.shape[-1] < m.shape[-2] else (m @ K.mT) @ K
         m = group["momentum"] * m - c * along - group["lr"] * G
-        new = shards(m.reshape(len(params), *params[0].shape), params)
+        new = shards(m, params)
         torch._foreach_copy_(local(buffers), new)
         return new
 
@@ -362,8 +374,8 @@ class PreconditionedMomentum(Batched):
 
     SETTINGS = dict(lr=0.01, momentum=0.9, preconditioner="diagonal", beta=0.99, eps=1e-8, every=10, weight_decay=0.0)
 
-    def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
-        return (2,) if group["preconditioner"] == "kronecker" else (1, 2)
+    def _dims(self, group: dict[str, Any]) -> range:
+        return range(2 if group["preconditioner"] == "kronecker" else 1, 6)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         grads, m, beta = self._grads(params), local(self._buffers(params, "momentum")), group["beta"]
@@ -427,7 +439,7 @@ class DeepMomentum(Batched):
     def _memory(self, group: dict[str, Any], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weights of the MLP, which the first parameter of this shape keeps."""
         same = lambda p: (p.shape, p.dtype, p.device) == (like.shape, like.dtype, like.device)
-        state, d = self.state[next(p for p in group["params"] if same(p))], min(like.shape)
+        state, d = self.state[next(p for p in group["params"] if same(p))], min(len(like), math.prod(like.shape[1:]))
         if "w_in" not in state:
             h = max(1, round(group["hidden"] * d))
             w_in = torch.randn(h, d, generator=torch.Generator().manual_seed(0))  # the same on every rank
@@ -454,7 +466,7 @@ class DeepMomentum(Batched):
         if group["output"] == "tanh":
             out = torch.tanh(unit(out, (-2, -1))[0] * out[0].numel() ** 0.5)
         elif group["output"] == "orthogonal":
-            out = 0.2 * max(params[0].shape) ** 0.5 * newton_schulz(out, group["ns_steps"])
+            out = 0.2 * max(out.shape[1:]) ** 0.5 * newton_schulz(out, group["ns_steps"])
         return shards(group["lr"] * (out.mT if by_columns else out), params)
 
 
@@ -524,8 +536,7 @@ class M3(Batched):
         return U
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bookkeeping
+# ---- Bookkeeping ----
 
 
 class Accumulate(torch.optim.Optimizer):

@@ -75,7 +75,7 @@ from tqdm import tqdm
 import hope
 import kernels
 import optim
-from hope import Hope, HopeConfig, MemoryConfig, check_choices, check_positive, setting
+from hope import Hope, HopeConfig, MemoryConfig, check_settings, setting
 
 # A state's tensors may be views, which nothing writes in place.
 warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
@@ -146,9 +146,10 @@ class TrainConfig:
     spike: float = setting(0.0, "also skip a step whose loss is over this many times its running mean; 0 for never")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_positive(self, "steps", "batch_size", "seq_len", "eval_every", "save_every", "keep", "nodes", "max_skips")
+        check_settings(self)
+        counts = ["steps", "batch_size", "seq_len", "eval_every", "save_every", "keep", "nodes", "max_skips"]
         for names, fits, allowed in (
+            (counts, lambda v: v >= 1, "at least 1"),
             (["lr", "grad_clip"], lambda v: v > 0, "above 0"),
             (["warmup", "decay_part", "final_lr"], lambda v: 0 <= v <= 1, "a part, from 0 to 1"),
             (["held_out", "ema"], lambda v: 0 <= v < 1, "from 0 to below 1"),

@@ -186,6 +186,28 @@ def test_inner_step_sizes_learn():
     assert fixed.blocks[0].cms.raw_rates is None and [float(r) for r in fixed.blocks[0].cms.rates()] == [0.5, 0.25]
 
 
+@pytest.mark.parametrize("learn", [False, True])
+def test_the_rates_a_cms_starts_with_are_what_its_config_says(learn):
+    cms = hope.Hope(small_config(cms_rate=(0.5, 0.25), learn_rates=learn)).blocks[0].cms
+    assert [float(r) for r in cms.rates()] == [0.5, 0.25]
+    if learn:  # and they grow at most twofold
+        torch.nn.init.constant_(cms.raw_rates, 100)
+        assert [float(r) for r in cms.rates()] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_fresh_model_starts_with(tied):
+    model = hope.Hope(small_config(d_model=256, cms_hidden=2.0, n_layer=8, vocab_size=500, tied=tied, mlp_bias=True))
+    block, small = model.blocks[3], (2 * 8) ** -0.5  # what 8 blocks add twice grows as one sum does
+    for weight, size in (
+        (block.memory.to_q.weight, 256**-0.5), (block.memory.to_u.weight, 256**-0.5), (block.cms.levels[0].w_in.weight, 256**-0.5),
+        (block.memory.to_y.weight, small * 256**-0.5), (block.cms.levels[1].w_out.weight, small * 512**-0.5),
+        (model.embed.weight, 256**-0.5 if tied else 1.0),
+    ):  # fmt: skip
+        assert weight.std().item() == pytest.approx(size, rel=0.03)
+    assert not block.cms.levels[0].w_in.bias.any() and (tied or not model.head.weight.any())
+
+
 def test_forward_after_observe_keeps_the_open_segment():
     """Reading between two observations banks the gradient of what was observed; nothing is dropped."""
     model, x, y = random_model(small_config(cms=(4, INF))), tokens(1, 4), tokens(1, 4, seed=1)
@@ -309,6 +331,16 @@ def test_misuse_is_refused_with_the_fix():
     with pytest.raises(ValueError, match="top_k >= 1"):
         model.generate(tokens(1, 2), 3, top_k=0)
     for fields, message in (
+        (dict(cms_hidden=0), "cms_hidden is 0; it must be above 0"),
+        (dict(cms_hidden=0.01), "give at least 1 / d_model = 0.125"),
+        (dict(cms_hidden=INF), "above 0 and below inf"),
+        (dict(cms_rate=(INF,)), "cms_rate is \\(inf,\\); it must be at least 0 and below inf"),
+        (dict(cms_rate=(-1.0,)), "it must be at least 0"),
+        (dict(cms=64), "cms is 64; give a tuple, such as"),
+        (dict(cms=(0,)), "it must be at least 1"),
+        (dict(vocab_size=0), "vocab_size is 0; it must be at least 1"),
+        (dict(norm_eps=math.nan), "norm_eps is nan"),
+        (dict(pattern="memory"), "pattern is 'memory'; give a tuple"),
         (dict(cms=(4, 2.5)), "whole numbers from 1, or inf"),
         (dict(cms_rate=(1.0, 1.0, 1.0)), "one for each of 2 in-context levels"),
         (dict(cms=(12, 6), wiring="nested"), "nested levels go from fast to slow"),
@@ -325,6 +357,80 @@ def test_misuse_is_refused_with_the_fix():
         hope.HopeConfig.preset("huge")
 
 
+WRONG_TOKENS = [
+    (tokens(1, 3)[0], r"of shape \(3,\); give integers \(batch, time\), as by tokens\[None\]"),
+    (tokens(1, 3)[None], r"of shape \(1, 1, 3\); give integers"),
+    (tokens(1, 3).bool(), "tokens are torch.bool"),
+    (tokens(1, 3) + 20, "allowed: 0 to 10"),
+    (tokens(1, 3) - 20, "allowed: 0 to 10"),
+]
+
+
+@pytest.mark.parametrize("x, message", WRONG_TOKENS)
+def test_tokens_that_are_none_are_refused(x, message):
+    model = random_model(small_config())
+    for call in (model, model.observe, lambda x: model.generate(x, 1)):
+        with pytest.raises(ValueError, match=message):
+            call(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_tokens_of_any_integer_type(dtype):
+    model, x, y = random_model(small_config()), tokens(2, 9), tokens(2, 9, seed=1)
+    for call in (lambda x, y: model(x)[0], lambda x, y: model.observe(x)[0], lambda x, y: model.observe(x, y)[0],
+                 lambda x, y: model.generate(x, 3, temperature=0)):  # fmt: skip
+        assert torch.equal(call(x.to(dtype), y.to(dtype)), call(x, y))
+
+
+@pytest.mark.parametrize("shape", [(2, 12), (2, 3), (1, 6), (6, 2), (12,)])
+def test_targets_are_one_for_each_token(shape):
+    model, y = random_model(small_config()), torch.ones(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match="targets are torch.int64 of shape"):
+        model.observe(tokens(2, 6), y)
+    with pytest.raises(ValueError, match=r"logits have shape \(2, 6, 11\) and targets \("):
+        hope.token_loss(model(tokens(2, 6))[0], y)
+    with pytest.raises(ValueError, match="allowed: 0 to 10, or -100 to leave one out"):
+        model.observe(tokens(2, 6), tokens(2, 6) + 11)
+
+
+def test_sampling_at_any_temperature_and_refuses_what_is_no_distribution():
+    logits = torch.randn(3, 7)
+    assert torch.equal(hope.sample(logits, 1e-40, None, None), logits.argmax(-1, keepdim=True))
+    assert hope.sample(logits, INF, None, None).shape == (3, 1)
+    for wrong in (
+        dict(temperature=math.nan),
+        dict(temperature=-1),
+        dict(top_p=math.nan),
+        dict(top_p=0),
+        dict(top_k=0),
+    ):
+        with pytest.raises(ValueError, match="allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1"):
+            random_model(small_config()).generate(tokens(1, 3), 2, **wrong)
+    for bad in (math.nan, INF):
+        for temperature in (0, 1):
+            with pytest.raises(ValueError, match="training diverged; take an earlier checkpoint"):
+                hope.sample(logits.index_fill(1, torch.tensor([2]), bad), temperature, None, None)
+
+
+def test_how_many_tokens_are_said():
+    model = random_model(small_config())
+    assert model.generate(tokens(2, 3), 0).shape == (2, 0) and model.generate([[1], [2, 3]], 0).shape == (2, 0)
+    with pytest.raises(ValueError, match="max_new_tokens is -1; give a number from 0"):
+        model.generate(tokens(2, 3), -1)
+    with pytest.raises(ValueError, match=r"for a single one give \[tokens\]"):
+        model.generate([1, 2, 3], 4)
+
+
+@pytest.mark.parametrize("fields", [dict(arch="hope-attention"), dict(arch="transformer++", cms=(3, INF)),
+                                    dict(pattern=("memory", "attention"), window=4), dict(arch="samba", cms=(3, INF))])  # fmt: skip
+def test_full_inner_gradients_pass_through_attention(fields):
+    model, x, y = random_model(small_config(**{"inner_grad": "full", **fields})), tokens(2, 12), tokens(2, 12, seed=1)
+    for recompute in (False, True):
+        model.recompute = recompute
+        measured, exact = directional(lambda: model.observe(x, y)[0], list(model.parameters()))
+        assert measured == pytest.approx(exact, rel=1e-6)
+
+
 def test_levels_are_ordered_by_definition_2():
     model = hope.Hope(small_config())
     groups = hope.param_groups(model)
@@ -339,6 +445,10 @@ def test_levels_are_ordered_by_definition_2():
     assert len(str(table).splitlines()) == len(table) + 2
     transformer = hope.Hope(small_config("transformer++", cms=(INF,)))
     assert [r.component for r in hope.levels(transformer)] == ["softmax attention", "parameters, start states"]
+    with pytest.raises(ValueError, match="levels are those of a hope.Hope, not of a Linear"):
+        hope.levels(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="knows nothing of the optimizer Parameter"):
+        hope.levels(model, list(model.parameters()))
     with pytest.raises(ValueError, match="knows nothing of the optimizer Adagrad"):
         hope.levels(model, torch.optim.Adagrad(model.parameters()))
 

@@ -1,6 +1,7 @@
 """`hope.Memory` is the equations it claims to be, token by token, whatever the configuration."""
 
 import itertools
+import math
 import shutil
 
 import pytest
@@ -16,6 +17,9 @@ from kernels import EPS
 def unit(z):
     """z of length 1 along its last dimension, or 1 / EPS times z where that is less."""
     return z / z.norm(dim=-1, keepdim=True).clamp(min=EPS)
+
+
+INF = hope.INF
 
 
 def random_memory(**fields):
@@ -359,6 +363,41 @@ def test_retention_of_0_before_the_delta_term_is_legal():
     assert 1e-3 < state.main.now[0].abs().max() < 10
 
 
+def test_what_a_fresh_layer_starts_with():
+    """Remember, learn slowly; and read and write as much as its docstrings say."""
+    layer, e = hope.Memory(d_model=512, n_head=8), 64
+    gates = {name: hope.GATES[name](gate.bias).flatten() for name, gate in layer.gates.items()}
+    gates |= {name: hope.GATES[name](g.bias) for name, g in hope.Memory(adaptive=()).gates.items() if name != "theta"}
+    for name, value in {"eta": math.log1p(math.exp(-2)), "alpha": 1 / (1 + math.exp(-4)), "theta": 0.5}.items():
+        torch.testing.assert_close(gates[name], torch.full_like(gates[name], value))
+    change = layer.conv.weight[:, 0].clone()
+    change[:, -1] -= 1  # beside the identity
+    for part, size in (
+        (layer.start["main_0"], 1.0), (layer.start["proj_0"], e**-0.5), (layer.start["main_1"], 0.3 * e**-0.5), (layer.start["proj_1"], 0.3 * e**-0.5),
+        (layer.gates["eta"].read, 0.1), (layer.gates["alpha"].read, 0.1), (change, 0.1),
+    ):  # fmt: skip
+        assert part.std().item() == pytest.approx(size, rel=0.1) and abs(part.mean()) < 0.2 * size
+    assert all((layer.start[f"{part}_scale"] == 1).all() for part in layer.parts) and (layer.y_norm == 1).all()
+    assert hope.Memory.preset("deltanet").start["main_0"].abs().max() == 0
+    assert (hope.Memory.preset("attention").scale == 10).all()
+    assert (hope.Memory.preset("attention", qk_norm=False).scale == 32**-0.5).all()
+
+
+def test_rotary_positions_turn_by_the_frequencies_of_their_paper():
+    """Su et al. 2021: pair i of e / 2 turns by 10000^(-2 i / e) a token."""
+    turned = hope.rotate(torch.tensor([1.0, 1, 1, 0, 0, 0]).view(1, 1, 1, 6).double(), 3)[0, 0, 0]
+    angle = 3 * 10000.0 ** (-torch.arange(3).double() / 3)
+    torch.testing.assert_close(turned, torch.cat([angle.cos(), angle.sin()]))
+
+
+@pytest.mark.parametrize("name", ["hope", "attention"])
+def test_inputs_that_are_not_batch_time_width_are_refused(name):
+    layer = hope.Memory.preset(name, d_model=8, n_head=2)
+    for x in (torch.randn(2, 3, 6), torch.randn(3, 8), torch.ones(2, 3, 8, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"of shape \(.*\); give floats \(batch, time, d_model = 8\)"):
+            layer(x)
+
+
 def test_bad_configurations_say_what_is_allowed():
     for fields, message in (
         (dict(rule="sgd"), "rule is 'sgd'; allowed: gd, dgd"),
@@ -367,9 +406,16 @@ def test_bad_configurations_say_what_is_allowed():
         (dict(chunk=0), "chunk is 0; it must be at least 1"),
         (dict(decay="none"), "adaptive names alpha"),
         (dict(project=False), "set n_head=1"),
-        (dict(conv=-1), "neither can be negative"),
-        (dict(beta=3.0), "beta is 3.0; allowed: above 0, up to 2"),
-        (dict(spread=-1.0), "spread is -1.0, hidden_rate is 0.1; neither can be negative"),
+        (dict(beta=3.0), "beta is 3.0; it must be above 0 and at most 2"),
+        (dict(spread=-1.0), "spread is -1.0; it must be at least 0"),
+        (dict(conv=-1), "conv is -1; it must be at least 0"),
+        (dict(remat=-1), "remat is -1; it must be at least 0"),
+        (dict(window=-1), "window is -1; it must be at least 0"),
+        (dict(n_head=2.0), "n_head is 2.0; it must be of type int"),
+        (dict(momentum="no"), "momentum is 'no'; it must be of type bool"),
+        (dict(adaptive="kv"), "adaptive is 'kv'; give a tuple, such as"),
+        (dict(rope_theta=INF), "rope_theta is inf; it must be above 0 and below inf"),
+        (dict(rope_theta=math.nan), "rope_theta is nan; it must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             hope.MemoryConfig(**fields)

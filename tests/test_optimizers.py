@@ -4,12 +4,14 @@ As a program, launched by torchrun, it trains by every optimizer under DDP and F
 """
 
 import gc
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import weakref
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -585,6 +587,62 @@ def test_gradients_that_are_not_finite_reach_the_parameters_as_with_torchs_own(n
 
 
 @every_optimizer
+def test_a_convolution_is_the_matrix_of_its_output_channels(name):
+    if name == "dgd":
+        pytest.skip("moves convolutions by plain SGD")
+    weights = torch.randn(4, 2, 3, 3)
+    matrix, conv = (nn.Parameter(w.clone()) for w in (weights.flatten(1), weights))
+    made = [OPTIMIZERS[name](None, [p]) for p in (matrix, conv)]
+    for step in range(3):
+        grad = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(step))
+        matrix.grad, conv.grad = grad.flatten(1), grad
+        for optimizer in made:
+            optimizer.step()
+    torch.testing.assert_close(conv.flatten(1), matrix)
+    assert not torch.equal(conv, weights)
+    model = hope.Hope(hope.HopeConfig.preset("tiny", d_model=8, n_head=2))
+    assert [row.size for row in hope.levels(model, made[0])[:-1]] == [
+        row.size for row in hope.levels(model, made[1])[:-1]
+    ]
+
+
+@every_optimizer
+def test_empty_matrices_are_passed_over(name):
+    model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 3), nn.Linear(3, 3))
+    optimizer = OPTIMIZERS[name](model, matrices(model))
+    for _ in range(3):
+        model(torch.randn(2, 3)).square().sum().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters()) and model[0].weight not in optimizer.state
+
+
+def test_a_model_can_be_copied_and_pickled_while_dgd_watches_it():
+    model = make_model()
+    optimizer = optim.DGD(model)
+    path = io.BytesIO()
+    torch.save(model, path)
+    path.seek(0)
+    for copy in (deepcopy(model), torch.load(path, weights_only=False)):
+        assert_same_model(copy, model, rtol=0, atol=0)
+        loss_of(copy, 0).backward()  # the copy is watched by nobody
+        assert not optimizer._inputs and copy[0].weight.grad is not None
+    loss_of(model, 0).backward()
+    assert len(optimizer._inputs) == len(matrices(model))
+    again = optim.DGD(copy)  # and can be by another
+    copy.zero_grad()
+    loss_of(copy, 0).backward()
+    assert len(again._inputs) == len(matrices(model))
+    optimizer.step()
+    again.step()
+    assert_same_model(copy, model)
+
+
+def test_dgd_takes_the_model_first():
+    with pytest.raises(TypeError, match=r"DGD takes the model first, not a generator; write DGD\(model, lr=0.1\)"):
+        optim.DGD(make_model().parameters(), lr=0.1)
+
+
+@every_optimizer
 @pytest.mark.parametrize("value", [-0.1, float("nan")])
 def test_settings_out_of_range_are_refused(name, value):
     model = make_model()
@@ -602,7 +660,7 @@ def test_other_settings_are_refused_by_name():
         ),
         (
             lambda: optim.PreconditionedMomentum([nn.Parameter(torch.zeros(3))], preconditioner="kronecker"),
-            "of 2 dimen",
+            "of 2 to 5 dimen",
         ),
         (lambda: optim.DeepMomentum(params, output="sign"), "output is sign; allowed: linear, tanh, orthogonal"),
         (lambda: optim.M3(params, betas=(0.9, 0.9)), "allowed: three"),
@@ -650,6 +708,17 @@ def test_levels_know_the_memories_of_every_optimizer(name):
     assert len(rows) == {"DGD": 0, "PreconditionedMomentum": 1 if name == "identity" else 2, "M3": 3}.get(kind, 1)
     if kind == "M3":
         assert table[-1].component == "M3: slow momentum" and table[-1].every == "2 outer steps"
+
+
+def test_an_average_of_weights_begins_with_few_of_them():
+    p = nn.Parameter(torch.zeros(1))
+    ema, expected = optim.EMA([p], decay=0.9), torch.zeros(1)
+    for t in range(1, 200):
+        p.data.fill_(t)
+        ema.step()
+        kept = 0.0 if t == 1 else min(0.9, t / (10 + t))  # the first is what it starts from
+        expected = kept * expected + (1 - kept) * t
+        torch.testing.assert_close(ema.state[p]["average"], expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

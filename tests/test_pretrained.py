@@ -166,7 +166,7 @@ def test_other_models_and_settings_are_refused_with_the_fix(monkeypatch):
         hope.MemoryConfig.preset("attention", n_kv_head=3)
     with pytest.raises(ValueError, match="rope_theta is 0; it must be above 0"):
         hope.MemoryConfig.preset("attention", rope_theta=0)
-    with pytest.raises(ValueError, match="n_position is -1; neither can be negative"):
+    with pytest.raises(ValueError, match="n_position is -1; it must be at least 0"):
         hope.HopeConfig(n_position=-1)
     with pytest.raises(ValueError, match="n_kv_head and bias are for softmax attention"):
         hope.MemoryConfig(bias=True)

@@ -49,33 +49,6 @@ def test_a_state_branches(model):
         torch.testing.assert_close(branches[b : b + 1], alone)
 
 
-def test_a_reset_sequence_starts_anew_and_leaves_the_others_alone(model):
-    x, y, tail = tokens(3, 12), tokens(3, 12, seed=1), tokens(3, 9, seed=2)
-    _, state = model.observe(x, y)
-    reset = model.reset(state, [1])
-    after, _ = model.observe(tail, tail, reset, reduction="none")
-    kept, _ = model.observe(tail, tail, state, reduction="none")
-    fresh, _ = model.observe(tail[1:2], tail[1:2], reduction="none")
-    torch.testing.assert_close(after[[0, 2]], kept[[0, 2]])
-    torch.testing.assert_close(after[1:2], fresh)
-    assert (after[1] - kept[1]).abs().max() > 1e-6
-
-
-def test_a_reset_inside_a_chunk_is_refused(model):
-    _, state = model.observe(tokens(2, 5), tokens(2, 5))
-    with pytest.raises(ValueError, match="reset at a multiple of 6 tokens"):
-        model.reset(state, [0])
-
-
-def test_windowed_attention_forgets_across_a_reset_and_a_split():
-    model = random_model(small_config("hope-attention", window=4))
-    x = tokens(2, 10)
-    _, state = model(x[:, :6])
-    after, _ = model(x[:, 6:], model.reset(state, [0]))
-    torch.testing.assert_close(after[:1], model(x[:1, 6:])[0])
-    torch.testing.assert_close(after[1:], model(x[1:])[0][:, 6:])
-
-
 def test_sequences_shorter_than_a_chunk_are_written_too():
     model = random_model(small_config(chunk=64, chunk_proj=64, cms=(64, INF)))
     _, state = model(tokens(1, 3))
@@ -166,6 +139,115 @@ def test_sizes_have_the_parameters_of_their_name(size, millions, arch):
         model = hope.Hope(config)
     assert config.vocab_size == 32000
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (lambda: random_model(small_config(n_layer=1)).init_state(2), "the state has 1 blocks and the model 2"),
+        (lambda: random_model(small_config(n_layer=3)).init_state(2), "the state has 3 blocks and the model 2"),
+        (lambda: random_model(small_config(d_model=12)).init_state(2), "block 0 of the state"),
+        (lambda: random_model(small_config(cms=(6, INF))).init_state(2), "block 0 of the state"),
+        (lambda: random_model(small_config("hope-attention")).init_state(2), "AttentionState"),
+        (lambda: random_model(small_config(conv=0)).init_state(1), "of 1 sequences and the input of 2"),
+        (lambda: random_model(small_config(conv=0)).observe(tokens(1, 5), tokens(1, 5))[1], "HopeState.select"),
+        (lambda: (0.5, random_model(small_config()).init_state(2)), "the state is a tuple; give a HopeState"),
+    ],
+)
+def test_a_state_of_another_model_or_batch_is_refused(other, message):
+    model, x = random_model(small_config()), tokens(2, 4)
+    for call in (
+        model,
+        lambda x, state: model.observe(x, state=state),
+        lambda x, state: model.generate(x, 1, state=state),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(x, other())
+
+
+def test_a_layer_refuses_a_state_of_another_batch(model):
+    layer = model.blocks[0].memory
+    with pytest.raises(ValueError, match="of 1 sequences and the input of 2"):
+        layer(torch.randn(2, 3, 8, dtype=torch.float64), layer.init_state(1))
+
+
+def test_what_a_stream_says_is_what_generate_says_and_its_state_goes_on(model):
+    """From the state after the last token, reading on gives what reading the whole text at once gives."""
+    x, more = tokens(2, 9), tokens(2, 7, seed=1)
+    said, states = [], []
+    for _, (new, state) in zip(range(5), model.stream(x, temperature=0)):
+        said, states = [*said, new], [*states, state]
+    assert torch.equal(torch.cat(said, 1), model.generate(x, 5, temperature=0))
+    for i, state in enumerate(states):
+        assert torch.equal(state.pending, said[i])
+        _, by_hand = model.observe(x)  # the prompt is observed, what is said is only read
+        _, by_hand = model(torch.cat([by_hand.pending, *said[:i]], 1), replace(by_hand, pending=None))
+        assert_states_equal(state, replace(by_hand, pending=said[i]))
+    assert_states_equal(
+        model.observe(more, state=states[-1])[1], model.observe(more, state=replace(by_hand, pending=said[4]))[1]
+    )
+
+
+def test_a_model_learns_from_its_own_words_as_from_others(model):
+    x, calls = tokens(2, 9), []
+    run = model._run
+    model._run = lambda *args: calls.append(args[0].shape[1]) or run(*args)
+    words = [pair for _, pair in zip(range(9), model.stream(x, temperature=0, learn_own=True))]
+    model._run = run
+    said = torch.cat([new for new, _ in words], 1)
+    assert_states_equal(words[-1][1], model.observe(torch.cat([x, said], 1))[1])
+    # Every word is read once; what a chunk's write needs is read again when the chunk is full, as by observe.
+    assert calls == ([6, 2] if model.config.clocks else [8]) + [1, 1, 1, 1, 6, 1, 1, 1, 1, 1]
+
+
+def test_a_prompt_that_is_not_memorized_teaches_nothing_later(model):
+    for _, (_, state) in zip(range(4), model.stream(tokens(1, 9), memorize=False)):
+        pass
+    assert state.segment is None and all(
+        not f.total[0].any() and not f.delta[0].any() for fasts in state.cms for f in fasts if f
+    )
+
+
+@pytest.mark.parametrize("arch", ["hope", "hope-attention", "titans"])
+def test_inference_mode_gives_what_no_grad_gives(arch):
+    model, x = random_model(small_config(arch, cms=(3, 6, INF))), tokens(2, 13)
+    with torch.no_grad():
+        loss, state = model.observe(x)
+        logits, _ = model(x)
+        new = model.generate(x, 3, temperature=0)
+    with torch.inference_mode():
+        same_loss, same_state = model.observe(x)
+        same_logits, read = model(x)
+        same_new = model.generate(x, 3, temperature=0)
+        words = [new for _, (new, _) in zip(range(3), model.stream(x, temperature=0, learn_own=True))]
+        _, again = model.observe(tokens(2, 8), state=read)
+    assert torch.equal(loss, same_loss) and torch.equal(logits, same_logits) and torch.equal(new, same_new)
+    assert torch.equal(words[0], new[:, :1])
+    assert_states_equal(state, same_state)
+    model.observe(tokens(2, 8), state=again, backward=True)  # and its states serve outside of it
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("arch", list(hope.HopeConfig.ARCHS))
+def test_parameters_of_any_floating_type(arch, dtype):
+    torch.manual_seed(0)
+    model, x = hope.Hope(small_config(arch, cms=(6, 12, INF))), tokens(2, 14)
+    torch.nn.init.normal_(model.head.weight)
+    exact, start = model.observe(x)
+    model.to(dtype)
+    loss, state = model.observe(x, backward=True)
+    assert loss.dtype == max(dtype, torch.float32, key=lambda d: d.itemsize) and abs(loss - exact) < 0.1 * exact
+    assert all(p.grad is None or p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
+    written = [f for fasts in state.cms for f in fasts if f]
+    written += [(m.main, m.proj) for m in state.memories if isinstance(m, hope.MemoryState)]
+    assert all(z.dtype == loss.dtype for z in flat(written))
+    assert model.observe(x, state=start)[0].isfinite()  # a state of another type is taken as what it is here
+    assert model.generate(x, 2).shape == (2, 2)
+
+
+def test_the_papers_literal_form_in_bfloat16():
+    config = small_config(n_head=1, project=False)
+    assert hope.Hope(config).bfloat16().observe(tokens(2, 14))[0].isfinite()
 
 
 def test_prompts_of_different_lengths():
