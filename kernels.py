@@ -34,15 +34,15 @@ except ImportError:  # not for this platform: the reference does everything
     triton = tl = None
     jit = constexpr = lambda z: z
 
-# Vectors shorter than this are not brought to length 1 (`hope.unit`), and spreads not to 1 (`hope.layer_norm`): small beside
-# the length of a key, about sqrt(head width), and of what a unit vector reads. So what is 0 gets its gradient times 10,
-# not times 1e12.
-EPS = 0.1
-
 __all__ = [
     "EPS", "Gates", "chunk_gates", "dgd_chunk", "dgd_loop", "newton_schulz", "NEWTON_SCHULZ", "memory_scan",
     "scans", "uses_triton", "using",
 ]  # fmt: skip
+
+# Vectors shorter than this are not brought to length 1 (`hope.unit`), and spreads not to 1 (`hope.layer_norm`): small
+# beside the length of a key, about sqrt(head width), and of what a unit vector reads. So what is 0 gets its gradient
+# times 10, not times 1e12.
+EPS = 0.1
 
 
 class Gates(NamedTuple):
@@ -1306,7 +1306,7 @@ def _gate(read, bias, head, x, e, left):
 
 @jit
 def _step(eta, x2, chunk, STEP: tl.constexpr):
-    """The inner step for inputs of squared length x2: the minimiser of eq. 56, its average over the chunk, or eta as it is."""
+    """The inner step for inputs of squared length x2: the minimiser of eq. 56, that over the chunk's length, or eta."""
     return eta if STEP == "one" else eta / (1.0 + eta * x2) / (chunk if STEP == "mean" else 1)
 
 
