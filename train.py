@@ -1729,16 +1729,22 @@ def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: to
     c, t = model_config, config.seq_len
     unit, whole_round = min(c.clocks, default=t), max(c.clocks, default=t)
     period, n = len(c.pattern), t / whole_round
-    thin = lambda layers, length: rehearse(replace(c, n_layer=layers), config, rows, length, dtype)
+
+    def thin(layers: int, length: int) -> Tensor:
+        print(f"counting a step of {layers} layers and {length} tokens without numbers ...", file=sys.stderr)
+        return rehearse(replace(c, n_layer=layers), config, rows, length, dtype)
+
     if t / unit * c.n_layer <= 16:
         return thin(c.n_layer, t).tolist()
 
     def long(layers: int) -> Tensor:
         if n <= 4:
             return thin(layers, t)
-        two, three, four = (thin(layers, k * whole_round) for k in (2, 3, 4))  # the first is unlike those that follow
-        attends = any(c.layer(i).depth == 0 for i in range(period))
-        return two + (three - two) * (n - 2) + attends * (four - 2 * three + two) / 2 * (n - 2) * (n - 3)
+        two, three = (thin(layers, k * whole_round) for k in (2, 3))  # the first is unlike those that follow
+        found = two + (three - two) * (n - 2)
+        if any(c.layer(i).depth == 0 for i in range(period)):  # attention
+            found += (thin(layers, 4 * whole_round) - 2 * three + two) / 2 * (n - 2) * (n - 3)
+        return found
 
     one, two = long(period), long(2 * period)
     return (one + (two - one) / period * (c.n_layer - period)).tolist()
