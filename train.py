@@ -25,8 +25,16 @@ The model is in hope.py: `Hope.observe` reads a batch, gives its loss and writes
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C during the seconds that the imports take ends the process without a traceback
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
 import argparse
 import base64
+import codecs
 import difflib
 import glob
 import gzip
@@ -34,22 +42,21 @@ import hashlib
 import importlib
 import io
 import json
+import logging
 import math
-import os
 import re
 import shutil
-import signal
-import sys
 import threading
 import time
 import warnings
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -75,7 +82,7 @@ from tqdm import tqdm
 import hope
 import kernels
 import optim
-from hope import Hope, HopeConfig, MemoryConfig, check_settings, setting
+from hope import INF, Hope, HopeConfig, MemoryConfig, check_settings, setting
 
 # A state's tensors may be views, which nothing writes in place.
 warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
@@ -107,58 +114,62 @@ class TrainConfig:
         "bytes; train:N for N byte pairs learnt from the data; a tiktoken encoding such as gpt2; or a .tiktoken file; "
         "default: bytes for size tiny, else train:32000",
     )
-    held_out: float = setting(0.0, "part of the documents that is held out; 0: a tenth, less of the named data sets")
+    held_out: float = setting(
+        0.0, "part of the documents that is held out; 0: a tenth, less of the named data sets", least=0, below=1
+    )
     reset_at_documents: bool = setting(False, "a row holds one document, or a part: memories see no other one")
     data_dir: str = setting("data", "where prepared data is kept")
     verify_data: bool = setting(False, "compare the hashes of prepared data, not only names and sizes")
     out: str = setting("", "run directory; default: runs/SIZE, or runs/SIZE-ARCH for other architectures than hope")
-    steps: int = setting(200, "optimizer steps")
-    batch_size: int = setting(2, "sequences a step")
-    seq_len: int = setting(512, "tokens of a sequence")
+    steps: int = setting(200, "optimizer steps", least=1)
+    batch_size: int = setting(2, "sequences a step", least=1)
+    seq_len: int = setting(512, "tokens of a sequence", least=1)
     optimizer: Literal[tuple(MATRIX_LR)] = setting("muon", "what trains the matrices; AdamW trains the rest")
-    lr: float = setting(1e-2, "peak learning rate")
+    lr: float = setting(1e-2, "peak learning rate", above=0, below=INF)
     schedule: Literal["cosine", "wsd"] = setting("cosine", "the learning rate falls along a cosine, or only at the end")
-    warmup: float = setting(0.05, "part of the steps over which the learning rate rises")
-    decay_part: float = setting(0.2, "wsd: part of the steps over which the learning rate falls")
-    final_lr: float = setting(0.05, "learning rate at the end, as a part of the peak")
-    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices; nothing else decays")
-    grad_clip: float = setting(1.0, "gradient norm above which gradients are scaled down")
-    seed: int = setting(0, "seeds the start weights and the order of the data")
-    ema: float = setting(0.0, "validate and sample with an average of the weights that keeps this part a step; 0: none")
+    warmup: float = setting(0.05, "part of the steps over which the learning rate rises", least=0, most=1)
+    decay_part: float = setting(0.2, "wsd: part of the steps over which the learning rate falls", least=0, most=1)
+    final_lr: float = setting(0.05, "learning rate at the end, as a part of the peak", least=0, most=1)
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay of the matrices; nothing else decays", least=0, below=INF
+    )
+    grad_clip: float = setting(1.0, "gradient norm above which gradients are scaled down", above=0)
+    seed: int = setting(0, "seeds the start weights, the order of the data, and samples", least=0, below=2**64)
+    ema: float = setting(
+        0.0, "validate and sample with an average of the weights that keeps this part a step; 0: none", least=0, below=1
+    )
     init_from: str = setting("", "a folder that --export made: start with its model's weights, settings and tokenizer")
     overfit_one_batch: bool = setting(False, "read the first batch at every step: the loss must fall to almost nothing")
-    eval_every: int = setting(50, "steps between two validations")
-    save_every: int = setting(50, "steps between two checkpoints")
-    keep: int = setting(2, "checkpoints that are kept")
+    eval_every: int = setting(50, "steps between two validations", least=1)
+    save_every: int = setting(50, "steps between two checkpoints", least=1)
+    keep: int = setting(2, "checkpoints that are kept", least=1)
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting("none", "where the log goes as well")
-    peak_tflops: float = setting(0.0, "peak of one device in 10^12 operations a second; 0: a known GPU's in bfloat16")
+    peak_tflops: float = setting(
+        0.0, "peak of one device in 10^12 operations a second; 0: a known GPU's in bfloat16", least=0, below=INF
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     precision: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products; auto: bfloat16 on GPUs")
     parallel: Literal["auto", "ddp", "fsdp"] = setting(
         "auto", "ddp: all weights in every process; auto: fsdp from 300M"
     )
-    nodes: int = setting(1, "machines; with fsdp every machine holds the whole model, in parts (HSDP)")
-    micro_batch: int = setting(0, "sequences that a process takes at once, the rest of its share follows; 0 for all")
+    nodes: int = setting(1, "machines; with fsdp every machine holds the whole model, in parts (HSDP)", least=1)
+    micro_batch: int = setting(
+        0, "sequences that a process takes at once, the rest of its share follows; 0 for all", least=0
+    )
     recompute: bool = setting(False, "recompute blocks in the backward pass: less memory, up to two thirds more time")
     truncate: bool = setting(False, "go back through one CMS segment at a time: memory does not grow with --seq-len")
     compile: bool = setting(False, "compile memories and MLPs: on CPUs a minute or two, then 1.2 to 1.4 times as fast")
-    max_skips: int = setting(10, "stop after skipping so many steps in a row, whose loss or gradient was not finite")
-    spike: float = setting(0.0, "also skip a step whose loss is over this many times its running mean; 0 for never")
+    max_skips: int = setting(
+        10, "stop after skipping so many steps in a row, whose loss or gradient was not finite", least=1
+    )
+    spike: float = setting(
+        0.0, "also skip a step whose loss is over this many times its running mean; 0 for never", least=0, below=INF
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
-        counts = ["steps", "batch_size", "seq_len", "eval_every", "save_every", "keep", "nodes", "max_skips"]
-        for names, fits, allowed in (
-            (counts, lambda v: v >= 1, "at least 1"),
-            (["lr", "grad_clip"], lambda v: v > 0, "above 0"),
-            (["warmup", "decay_part", "final_lr"], lambda v: 0 <= v <= 1, "a part, from 0 to 1"),
-            (["held_out", "ema"], lambda v: 0 <= v < 1, "from 0 to below 1"),
-            (["micro_batch"], lambda v: v >= 0, "a number of sequences, or 0 for all at once"),
-            (["spike"], lambda v: v == 0 or v > 1, "a factor above 1, or 0 to skip no finite step"),
-        ):
-            for name in names:
-                if not fits(getattr(self, name)):
-                    raise ValueError(f"{name} is {getattr(self, name)}; it must be {allowed}")
+        if 0 < self.spike <= 1:
+            raise ValueError(f"spike is {self.spike}; it must be a factor above 1, or 0 to skip no finite step")
 
     @property
     def run_dir(self) -> Path:
@@ -175,17 +186,25 @@ class Command:
 
     resume: str = setting("", "go on with the run in this directory, with the settings it was started with")
     prepare: bool = setting(False, "prepare the data for such a run, and stop")
-    sample: str = setting("", "print a sample from the newest checkpoint of the run in this directory")
+    sample: str = setting("", "print a sample from the run or the export in this directory")
     export: str = setting("", "write the weights of the run in directory DIR to DIR/export, as safetensors")
     plan: bool = setting(False, "print memory, operations and days that a run takes; starts none")
-    gpus: int = setting(1, "plan: how many GPUs")
-    tokens: float = setting(0.0, "plan: tokens to train on; 0: those of --steps")
-    utilisation: float = setting(0.3, "plan: part of the GPUs' peak that is reached, an assumption")
+    gpus: int = setting(1, "plan: how many GPUs", least=1)
+    tokens: float = setting(0.0, "plan: tokens to train on; 0: those of --steps", least=0, below=INF)
+    utilisation: float = setting(0.3, "plan: part of the GPUs' peak that is reached, an assumption", above=0, most=1)
     prompt: str = setting("The ", "sample: what it starts with")
-    max_new_tokens: int = setting(300, "sample: its length")
-    temperature: float = setting(1.0, "sample: 0 takes the likeliest")
-    top_k: int = setting(0, "sample: among so many likeliest tokens only; 0: among all")
-    top_p: float = setting(0.9, "sample: among the likeliest tokens that have this much of the probability")
+    max_new_tokens: int = setting(300, "sample: its length", least=1)
+    temperature: float = setting(1.0, "sample: 0 takes the likeliest", least=0, below=INF)
+    top_k: int = setting(0, "sample: among so many likeliest tokens only; 0: among all", least=0)
+    top_p: float = setting(
+        0.9, "sample: among the likeliest tokens that have this much of the probability", above=0, most=1
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        instead = [f"--{name}" for name in ("sample", "export", "resume", "prepare", "plan") if getattr(self, name)]
+        if len(instead) > 1 and not set(instead) <= {"--resume", "--plan"}:
+            raise ValueError(f"{' and '.join(instead)} are different things to do; give one of them")
 
 
 # ---- Errors and files ----
@@ -280,6 +299,17 @@ def read_signed(path: Path, fix: str = "restore it") -> dict:
 SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 
 
+# Patterns look ahead after white space, and their engine gives up on a run of a million; so longer ones are cut here. What
+# follows a run keeps the white space in front of it, which belongs to its first token.
+LONG_RUN = re.compile(r"\s{1000}(?=\s)")
+
+
+def cut_runs(text: str) -> list[str]:
+    """The text in parts, one unless it holds very long runs of white space."""
+    edges = [0, *(run.end() for run in LONG_RUN.finditer(text)), len(text)]
+    return [text[a:b] for a, b in pairwise(edges)]
+
+
 class Tokenizer:
     """Text as bytes, or as byte pairs merged by rank: what a `.tiktoken` file holds, together with a split pattern.
 
@@ -313,8 +343,10 @@ class Tokenizer:
         raw = [text.encode(errors="replace") for text in texts]
         if self.ranks is None:
             return [np.frombuffer(text, np.uint8) for text in raw]
-        found = self.encoding.encode_ordinary_batch([text.decode() for text in raw], num_threads=os.cpu_count() or 1)
-        return [np.array(tokens, self.dtype) for tokens in found]
+        parts = [cut_runs(text.decode()) for text in raw]
+        found = self.encoding.encode_ordinary_batch([*chain(*parts)], num_threads=os.cpu_count() or 1)
+        rest = iter(found)
+        return [np.array([*chain(*islice(rest, len(cut)))], self.dtype) for cut in parts]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; what is not UTF-8 is shown as U+FFFD."""
@@ -323,15 +355,52 @@ class Tokenizer:
         return bytes(tokens).decode(errors="replace")
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.tiktoken and, for the pattern, tokenizer.json; bytes need neither."""
+        """Write tokenizer.tiktoken, which bytes do without, and what transformers' AutoTokenizer reads (same tokens)."""
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eot|>", "pattern": self.pattern}
+        write_atomically(folder / "tokenizer.json", json.dumps(self.as_json()) + "\n")
+        write_atomically(folder / "tokenizer_config.json", json.dumps(settings) + "\n")
         if self.ranks is not None:
             lines = (f"{base64.b64encode(t).decode()} {i}\n" for t, i in sorted(self.ranks.items(), key=lambda r: r[1]))
-            write_atomically(folder / "tokenizer.json", json.dumps({"pattern": self.pattern}) + "\n")
             write_atomically(folder / "tokenizer.tiktoken", "".join(lines))
+
+    def as_json(self) -> dict:
+        """In the format of Hugging Face's tokenizers: bytes are written as letters, byte pairs as merges in order."""
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+        letter = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*shown}))}
+        spell = lambda token: "".join(letter[b] for b in token)
+        ranks = self.ranks or {bytes([i]): i for i in range(1, 256)}
+        merges = [pair for token in sorted(ranks, key=ranks.get) if len(pair := self.parts(token)) == 2]
+        split = {"type": "Split", "pattern": {"Regex": self.pattern.replace("{1,3}+", "{1,3}")}}  # that + repeats there
+        split |= {"behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        eot = {"id": self.eot, "content": "<|eot|>", "special": True, "normalized": False}
+        return {
+            "version": "1.0",
+            "added_tokens": [eot | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level] if self.ranks else [level]},
+            "decoder": level,
+            "model": {
+                "type": "BPE",
+                "vocab": {"<|eot|>": self.eot} | {spell(token): i for token, i in ranks.items()},
+                "merges": [[spell(part) for part in pair] for pair in merges],
+                "ignore_merges": True,  # a piece that is a token is that token, as in tiktoken
+            },
+        }
+
+    def parts(self, token: bytes) -> list[bytes]:
+        """What byte pairs are merged into before the last merge makes this token of them."""
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            merged = [self.ranks.get(a + b, INF) for a, b in pairwise(parts)]
+            if min(merged) >= self.ranks[token]:
+                break
+            i = merged.index(min(merged))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        return parts
 
     @staticmethod
     def load(path: Path) -> Tokenizer:
-        """Read a `.tiktoken` file, with the pattern from the .json file beside it, or GPT-4's if there is none."""
+        """Read a `.tiktoken` file, with the pattern from the _config.json beside it, or GPT-4's if there is none."""
         with explained(f"tokenizer {path} cannot be used", "give a file in tiktoken's format"):
             lines = (line.split() for line in path.read_text().splitlines() if line)
             ranks = {base64.b64decode(token, validate=True): int(i) for token, i in lines}
@@ -339,7 +408,7 @@ class Tokenizer:
                 raise ValueError("it must hold all 256 bytes and no number twice")
             if min(ranks.values()) < 0 or max(ranks.values()) > 2 * len(ranks):
                 raise ValueError(f"it must number its {len(ranks)} tokens from 0 on")
-            beside = path.with_suffix(".json")
+            beside = path.with_name(f"{path.stem}_config.json")
             return Tokenizer(ranks, json.loads(beside.read_text())["pattern"] if beside.exists() else SPLIT)
 
     @staticmethod
@@ -358,7 +427,7 @@ class Tokenizer:
         def first_gigabyte() -> Iterator[str]:
             left = 2**30
             for text in texts:
-                yield text
+                yield from cut_runs(text)
                 left -= len(text)
                 if left <= 0:
                     return
@@ -466,6 +535,7 @@ class Source:
             self.identity = {"files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]}
         self.identity |= {"field": self.field, "held_out": self.held_out}
         self.place: Any = None
+        self.zeros = 0  # zero bytes that were replaced
         self.tell: Callable[[], Any] = lambda: self.place
 
     def __iter__(self) -> Iterator[Piece]:
@@ -477,20 +547,30 @@ class Source:
             raise UserError(f"--data {self.where} cannot be read ({reason(e)}); {self.fix}") from e
 
     def _find(self) -> list[Path]:
-        found: set[str] = set()
-        for pattern in [self.data] if Path(self.data).is_file() else self.data.split(","):
-            files = [f for f in glob.glob(pattern, recursive=True) if Path(f).is_file()]
-            if not files:
-                allowed = "files or patterns separated by commas, hf:NAME for a data set of the Hugging Face hub"
-                raise UserError(f"--data {pattern}: no such file; give {allowed}, or one of: pydoc, {', '.join(HUB)}")
-            found |= set(files)
-        return [Path(f) for f in sorted(found)]
+        """Every file once: those that exist under a name, those below a folder, those that match a pattern."""
+        found: dict[str, Path] = {}
+        for name in [self.data] if os.path.exists(self.data) else self.data.split(","):
+            path = Path(name)
+            below = (p for p in path.rglob("*") if not any(part[0] == "." for part in p.relative_to(path).parts))
+            files = [path] if path.is_file() else below if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+            if not (files := {os.path.realpath(p): p for p in files if p.is_file()}):
+                missing = "no file in this folder" if path.is_dir() else "no such file"
+                allowed = "files, folders or patterns separated by commas, hf:NAME for a data set of the hub"
+                raise UserError(f"--data {name}: {missing}; give {allowed}, or one of: pydoc, {', '.join(HUB)}")
+            found = files | found
+        return sorted(found.values())
 
-    def _text(self, row: Any) -> str:
-        if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
-            found = ", ".join(row) if isinstance(row, dict) else "no JSON object"
-            raise ValueError(f"no text in field {self.field!r}, there is: {found}; name it by --text-field")
-        return row[self.field]
+    def _row(self, row: Any, where: str) -> str:
+        """The text of a row that was found there."""
+        self.where = where
+        if isinstance(row, dict) and isinstance(text := row.get(self.field), str):
+            return text
+        if isinstance(row, dict) and self.field in row:
+            kind = {"NoneType": "null", "list": "a list", "dict": "an object", "bool": "true or false"}
+            held = kind.get(type(text).__name__, "a number")
+            raise ValueError(f"field {self.field!r} holds {held}, not text; mend it, or name another by --text-field")
+        found = ", ".join(row) if isinstance(row, dict) else "no JSON object"
+        raise ValueError(f"no text in field {self.field!r}, there is: {found}; name it by --text-field")
 
     def _pydoc(self) -> Iterator[Piece]:
         first = self.start or 0
@@ -498,13 +578,15 @@ class Source:
             yield Piece(text, True, held_out)
 
     def _hub(self) -> Iterator[Piece]:
+        for library in ("datasets", "fsspec", "huggingface_hub", "urllib3"):  # what they retry is no news
+            logging.getLogger(library).setLevel(logging.ERROR)
         datasets, (name, config, split) = extra("datasets", f"--data {self.data}"), self.identity["hub"]
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         if self.start:
             rows.load_state_dict(self.start)
         self.tell = rows.state_dict
-        for row in rows:
-            text = self._text(row)
+        for n, row in enumerate(rows, 1):
+            text = self._row(row, f"{self.data}, row {n}" + " after the last batch" * bool(self.start))
             yield Piece(text, self.data != "wikitext-103" or WIKITEXT_TITLE.fullmatch(text) is not None)
 
     def _files(self) -> Iterator[Piece]:
@@ -518,30 +600,31 @@ class Source:
 
     def _file(self, path: Path) -> Iterator[Piece]:
         """By hand: `datasets` holds a text file as a whole, changes its line ends, and names no row in its errors."""
-        kind, self.where = [s for s in path.suffixes if s not in (".gz", ".zst")][-1:], str(path)
+        kind, self.where = [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".zst")][-1:], str(path)
         if kind == [".parquet"]:
-            parquet = extra("pyarrow.parquet", f"--data {path}").ParquetFile(path)
+            parquet, n = extra("pyarrow.parquet", f"--data {path}").ParquetFile(path), 0
             columns = [self.field] if self.field in parquet.schema_arrow.names else None
             for group in parquet.iter_batches(64, columns=columns):
-                yield from (Piece(self._text(row), True) for row in group.to_pylist())
+                for n, row in enumerate(group.to_pylist(), n + 1):
+                    yield Piece(self._row(row, f"{path}, row {n}"), True)
             return
-        if path.suffix == ".zst":  # by pyarrow: the zstandard package takes a file that was cut for a whole one
+        if path.suffix.lower() == ".zst":  # by pyarrow: the zstandard package takes a file that was cut for a whole one
             file = io.BufferedReader(extra("pyarrow", f"--data {path}").input_stream(str(path), compression="zstd"))
         else:
-            file = (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+            file = (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
         with file:
-            if kind == [".jsonl"]:
+            if kind == [".json"] and file.peek(99).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+                yield from (Piece(self._row(row, f"{path}, row {n}"), True) for n, row in enumerate(json.load(file), 1))
+            elif kind in ([".jsonl"], [".ndjson"], [".json"]):
                 for n, line in enumerate(file, 1):
                     self.where = f"{path}, line {n}"
                     if line.strip():
-                        yield Piece(self._text(json.loads(line)), True)
-                return
-            text, begins = io.TextIOWrapper(file, "utf-8", newline=""), True
-            while block := text.read(PIECE):
-                if "\0" in block:
-                    raise ValueError("it is not text, it holds zero bytes")
-                yield Piece(block, begins)
-                begins = False
+                        yield Piece(self._row(json.loads(line), self.where), True)
+            else:
+                text, begins = io.TextIOWrapper(file, "utf-8-sig", newline=""), True
+                while block := text.read(PIECE):
+                    yield Piece(block, begins)
+                    begins = False
 
 
 def batches(source: Source, held_out: bool | None = None) -> Iterator[tuple[list[Piece], dict]]:
@@ -553,6 +636,8 @@ def batches(source: Source, held_out: bool | None = None) -> Iterator[tuple[list
     batch, size, begins = [], 0, held_out is None
     for text, new, side in source:
         begins |= new
+        source.zeros += text.count("\0")
+        text = text.replace("\0", "\ufffd")  # among bytes, a zero stands between documents
         if begins and not text.strip():
             continue
         if begins:
@@ -584,7 +669,8 @@ def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
         identity = source.identity | {"tokenizer": name}
         if name.endswith(".tiktoken"):
             identity["tokenizer_file"] = Tokenizer.load(Path(name)).sha256
-        label = "-".join(re.findall(r"[\w.]+", f"{config.data}-{name}"))[-60:]
+        label = "-".join(Path(part).name for part in (*config.data.split(","), name))
+        label = "-".join(re.findall(r"[\w.]+", label))[:60].strip(".")
         folder = Path(config.data_dir) / f"{label}-{fingerprint(identity)[:8]}"
         fix = "make room or use another --data-dir; the same command goes on where this one stopped"
         with explained(f"{folder} cannot be written", fix, OSError):
@@ -625,9 +711,10 @@ def write_tokens(folder: Path, source: Source, tokenizer_name: str) -> None:
         tokenizer = make_tokenizer(tokenizer_name, texts)
         tokenizer.save(folder)
         manifest = {"data": source.data, "tokenizer": tokenizer_name, "tokenizer_sha256": tokenizer.sha256}
-        manifest |= {"held_out": source.held_out, "position": None, "side": None, "sizes": dict.fromkeys(FILES, 0)}
+        manifest |= {"held_out": source.held_out, "position": None, "side": None, "zeros": 0}
+        manifest |= {"sizes": dict.fromkeys(FILES, 0)}
     tokenizer = Tokenizer.of(folder, manifest["tokenizer_sha256"], fix)
-    source.start, files = manifest["position"], {}
+    source.start, source.zeros, files = manifest["position"], manifest["zeros"], {}
     with ExitStack() as stack, tqdm(desc=f"preparing {folder}", unit="B", unit_scale=True, disable=None) as bar:
         for file in FILES:
             files[file] = stack.enter_context(open(folder / file, "ab"))
@@ -644,8 +731,11 @@ def write_tokens(folder: Path, source: Source, tokenizer_name: str) -> None:
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
-            manifest |= position | {"sizes": {name: file.tell() for name, file in files.items()}}
+            sizes = {name: file.tell() for name, file in files.items()}
+            manifest |= position | {"sizes": sizes, "zeros": source.zeros}
             write_atomically(path, signed(manifest))
+    if source.zeros:
+        print(f"{folder}: {source.zeros:,} zero bytes (U+0000) were replaced by U+FFFD")
     write_atomically(path, signed(manifest | {"sha256s": {file: file_sha256(folder / file) for file in FILES}}))
 
 
@@ -805,7 +895,7 @@ LOG = {
     "lr": "learning rate of this step",
     "grad_norm": "norm of the gradient before clipping",
     "tokens": "tokens read so far: step x batch_size x seq_len",
-    "tokens_per_s": "since this process started, validation and saving included",
+    "tokens_per_s": "of the steps of the last seconds, validation and saving left out",
     "utilisation": "6 operations per parameter (embedding left out) and token, as a part of the devices' peak, if it is known",
     "skipped": "why this step changed nothing, if it was skipped: loss and grad_norm are null if not finite",
     "val_loss": "* nats per token of held-out text",
@@ -819,9 +909,10 @@ LOG = {
 
 def to_json(config: TrainConfig, model: HopeConfig, sha256: dict[str, str]) -> dict:
     """What a run's config.json holds; `sha256` are the fingerprints of its data and its tokenizer."""
-    stored = {"train": asdict(config), "model": asdict(model), **sha256}
-    stored["model"]["cms"] = ["inf" if c == hope.INF else c for c in model.cms]
-    return json.loads(json.dumps(stored))  # lists for tuples, as it will be read
+    plain = lambda pairs: {k: "inf" if v == INF else v for k, v in pairs}
+    stored = {part: asdict(c, dict_factory=plain) for part, c in (("train", config), ("model", model))}
+    stored["model"]["cms"] = ["inf" if c == INF else c for c in model.cms]
+    return json.loads(json.dumps(stored | sha256))  # lists for tuples, as it will be read
 
 
 def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, dict[str, str]]:
@@ -830,11 +921,9 @@ def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, dict[str, str]]:
         raise UserError(f"{path.parent} is no run directory, it has no config.json; give one that train.py made")
     stored = read_signed(path, fix)
     with explained(f"{path} cannot be used", fix):
-        model = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["model"].items()}
-        memory = {k: tuple(v) if isinstance(v, list) else v for k, v in model.pop("memory").items()}
-        model["cms"] = tuple(map(float, model["cms"]))
         sha256 = {name: stored[name] for name in ("data_sha256", "tokenizer_sha256")}
-        return TrainConfig(**stored["train"]), HopeConfig(memory=MemoryConfig(**memory), **model), sha256
+        config = {k: INF if v == "inf" else v for k, v in stored["train"].items()}
+        return TrainConfig(**config), HopeConfig.from_dict(stored["model"]), sha256
 
 
 # Settings that may differ between the start of a run and its continuation.
@@ -845,11 +934,16 @@ FREE = {
 
 
 def differing(old: dict, new: dict) -> str:
-    """The first setting that two runs do not share and that may not change during a run, as `name = old, not new`."""
+    """The first setting that two runs do not share and that may not change, as `name = old, not new`; steps may grow."""
     flat = lambda c: {**c["train"], **c["model"], **c["model"]["memory"], "data_sha256": c["data_sha256"]}
     old, new = flat(old), flat(new)
-    changed = (k for k in new if k not in FREE | {"memory"} and new[k] != old.get(k))
+    free = FREE | {"memory"} | ({"steps"} if new["steps"] > old["steps"] else set())
+    changed = (k for k in new if k not in free and new[k] != old.get(k))
     return next((f"{k} = {old.get(k)}, not {new[k]}" for k in changed), "")
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 class Run:
@@ -867,8 +961,13 @@ class Run:
         self.writer = ThreadPoolExecutor(1)
         self.written: Future | None = None
 
-    def open(self, config: dict) -> None:
-        """Make the directory, or check that the one that is there belongs to this very run; and lock it."""
+    def open(self, config: dict) -> str:
+        """Make the directory, or check that the one that is there belongs to this very run; and lock it.
+
+        A run may be made longer. Its learning rate is then what `learning_rate` makes of the new number of steps: along the
+        longer cosine from where it stands; with wsd from the checkpoint before the decay, and later ones are set
+        aside. Returns what there is to say of it.
+        """
         path, other = self.path / "config.json", "use another directory (--out DIR)"
         # A hidden file is what a process killed in its first second leaves; anything else is somebody's.
         if self.path.exists() and not path.exists():
@@ -880,17 +979,28 @@ class Run:
                 self.lock.acquire()  # let go when the process ends, however it does
             if not path.exists():
                 write_atomically(path, signed(config))
-        if found := differing(to_json(*from_json(path)), config):
+        old, model, sha256 = from_json(path)
+        if found := differing(to_json(old, model, sha256), config):
             raise UserError(f"{self.path} holds a run with {found}; {other} or go on with it (--resume {self.path})")
+        steps, how = config["train"]["steps"], "the learning rate follows the schedule of the new length"
+        if steps == old.steps:
+            return ""
+        early = [p for p in self.saved() if step_of(p) <= decay_start(old)]
+        if old.schedule == "wsd" and early:
+            for late in self.saved()[len(early) :]:
+                os.replace(late, late.with_name(f"decayed-{old.steps}-{late.name}"))
+            how = f"it goes on from {early[-1].name}, before the learning rate fell"
+        write_atomically(path, signed(config))
+        return f"{self.path}: {steps} steps instead of {old.steps}; {how}"
 
     def saved(self) -> list[Path]:
         """Checkpoints, oldest first."""
         return sorted(self.checkpoints.glob("step-*"))
 
-    def save(self, state: dict, tensors: dict[str, Tensor], keep: int, world: World) -> None:
+    def save(self, state: dict, tensors: dict[str, Tensor], config: TrainConfig, world: World) -> None:
         """Start to write a checkpoint. Tensors are copied at once; the files are written while training goes on.
 
-        It is written beside and renamed at the end: a reader sees all of it or none. `wait` tells whether it worked.
+        The newest `keep` are kept, and the one from which a run with wsd can be made longer. It is written beside and renamed at the end: a reader sees all of it or none. `wait` tells whether it worked.
         """
         self.wait(world)
         state = dict(state)  # of this step, while training goes on
@@ -913,8 +1023,9 @@ class Run:
                     files = {p.name: file_sha256(p) for p in sorted(beside.iterdir())}
                     write_atomically(beside / "state.json", signed({**state, "files": files}))
                     put_in_place(beside, target)
-                    for old in self.saved()[:-keep]:
-                        shutil.rmtree(old)
+                    for old in self.saved()[: -config.keep]:
+                        if config.schedule != "wsd" or step_of(old) != decay_start(config):
+                            shutil.rmtree(old)
 
         self.written = self.writer.submit(finish)
 
@@ -985,12 +1096,13 @@ class Run:
         rows = self.log()
         steps, loss = (np.array([r[name] for r in rows if "skipped" not in r]) for name in ("step", "loss"))
         few = max(1, min(20, len(loss) // 5))
-        smooth = np.convolve(loss, np.ones(few) / few, "valid") if len(loss) else loss
+        read = np.minimum(np.arange(len(loss)) + 1, few)  # at the start there are fewer to average
+        smooth = np.convolve(loss, np.ones(few))[: len(loss)] / read if len(loss) else loss
         validated = [r for r in rows if "val_bpb" in r]
         fig = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: no display and no backend is touched
         ax = fig.subplots()
         ax.plot(steps, loss * bits, color="#9ecae1", linewidth=0.8, label="training, each step")
-        ax.plot(steps[few - 1 :], smooth * bits, color="#08519c", linewidth=1.8, label=f"training, mean of {few} steps")
+        ax.plot(steps, smooth * bits, color="#08519c", linewidth=1.8, label=f"training, mean of {few} steps")
         points = [r["step"] for r in validated], [r["val_bpb"] for r in validated]
         ax.plot(*points, "o--", color="#d94801", label="validation")
         ax.set(xlabel="step", ylabel="bits per byte", title=title, ylim=(0, None))
@@ -1206,14 +1318,22 @@ def averaged(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
         swap()
 
 
+def rise_of(config: TrainConfig) -> int:
+    """Steps over which the learning rate rises."""
+    return max(1, round(config.warmup * config.steps))
+
+
+def decay_start(config: TrainConfig) -> int:
+    """Steps taken before the learning rate begins to fall."""
+    rise = rise_of(config)
+    return max(rise, config.steps - round(config.decay_part * config.steps)) if config.schedule == "wsd" else rise
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
-    rise = max(1, round(config.warmup * config.steps))
+    rise, start = rise_of(config), decay_start(config)
     if step < rise:
         return config.lr * (step + 1) / rise
-    fall = config.steps - rise
-    if config.schedule == "wsd":
-        fall = min(fall, round(config.decay_part * config.steps))
-    along = max(0.0, (step - (config.steps - fall)) / max(1, fall))
+    along = max(0.0, (step - start) / max(1, config.steps - start))
     left = 1 - along if config.schedule == "wsd" else (1 + math.cos(math.pi * along)) / 2
     return config.lr * (config.final_lr + (1 - config.final_lr) * left)
 
@@ -1223,7 +1343,7 @@ def at_once(config: TrainConfig, world: World) -> int:
     return config.micro_batch or config.batch_size // world.size
 
 
-def validate(model: Hope, corpus: Corpus, config: TrainConfig, world: World) -> float:
+def validate(model: Hope, corpus: Corpus, config: TrainConfig, world: World, bar: tqdm) -> float:
     """Mean loss in nats per token over held-out windows, each observed from the start state, CMS writes included."""
     x, y = corpus.validation()
     mine = list(world.share(len(x)))
@@ -1231,9 +1351,10 @@ def validate(model: Hope, corpus: Corpus, config: TrainConfig, world: World) -> 
     idle = [0] * (math.ceil(len(x) / world.size) - len(mine))
     x, y = x[mine + idle].to(world.device), y[mine + idle].to(world.device)
     y[len(mine) :] = -100
-    total = 0.0
+    total, few = 0.0, at_once(config, world)
     with torch.no_grad():
-        for xs, ys in zip(x.split(at_once(config, world)), y.split(at_once(config, world))):
+        for i, (xs, ys) in enumerate(zip(x.split(few), y.split(few))):
+            bar.set_postfix_str(f"validating, {i * few} of {len(x)} rows")
             total += model.observe(xs, ys, reduction="none")[0].double().sum().item()
     total, count = world.sum(total, (y != -100).sum().item())
     return total / count
@@ -1333,6 +1454,9 @@ def memory_numbers(model: Hope, x: Tensor, y: Tensor) -> dict[str, list]:
     }
 
 
+SPEED_SECONDS = 5.0
+
+
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
     """Turns Ctrl-C and SIGTERM into a flag, so that a step is finished and saved; a second one stops at once.
@@ -1353,6 +1477,15 @@ def interruptible() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def present_rate(recent: deque[tuple[float, float]], begun: float) -> float:
+    """Steps a second, of those that ended in the last SPEED_SECONDS, the one that began at `begun` and ends now included."""
+    now = time.perf_counter()
+    recent.append((now, now - begun))
+    while now - recent[0][0] > SPEED_SECONDS:
+        recent.popleft()
+    return len(recent) / sum(seconds for _, seconds in recent)
 
 
 def show(bar: tqdm, row: dict, bits: float) -> None:
@@ -1405,6 +1538,12 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
         run.lock.release()
 
 
+def result(run: Run) -> str:
+    last = next((row for row in reversed(run.log()) if "val_bpb" in row), None)
+    found = f"{last['val_bpb']:.3f} bits per byte after {last['step']} steps" if last else "none in the log"
+    return f"validation: {found}\nloss curve: {run.path}/loss.png"
+
+
 def training_loop(run: Run, world: World, config: TrainConfig, model_config: HopeConfig) -> int:
     torch.set_flush_denormal(True)  # states that decay to nothing would slow a CPU down fivefold
     say = print if world.rank == 0 else lambda *text: None
@@ -1419,17 +1558,21 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     model = Hope(model_config).to(world.device)
     if config.init_from:
         world.together(lambda: init_from(model, tokenizer, Path(config.init_from)))
-    world.first(lambda: run.open(stored))
+    if longer := world.first(lambda: run.open(stored)):
+        say(longer)
     world.first(lambda: tokenizer.save(run.path))
     model.recompute = config.recompute
     distribute(model, config, world)
     if config.compile:
+        say("compiling: the first step and the first validation take a minute or two more")
         hope.compile_parts(model)
     optimizers = make_optimizers(model, config)
     state = resume(run, stored, model, optimizers, world)
     start = state["step"]
     if start == config.steps:
-        say(f"{run.path}: finished already")
+        again = f"train longer: --resume {run.path} --steps {2 * start}"
+        say(f"{run.path}: finished already; {again}\n{result(run)}")
+        return 0
     size = sum(p.numel() for p in model.parameters())
     title = f"{config.arch}, size {config.size}, {size:,} parameters"
     on = f"{world.size} x {world.device.type}" if world.size > 1 else world.device
@@ -1443,10 +1586,10 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
         run.track = make_tracker(config, start)
     form = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
     bar = tqdm(total=config.steps, initial=start, disable=True if world.rank else None, bar_format=form)
-    clock, tokens, stop = time.perf_counter(), config.batch_size * config.seq_len, False
+    tokens, stop, recent = config.batch_size * config.seq_len, False, deque()
     with interruptible() as interrupt, bar:
         for step in range(start + 1, config.steps + 1):
-            lr = learning_rate(step - 1, config)
+            lr, begun = learning_rate(step - 1, config), time.perf_counter()
             for optimizer in optimizers:
                 optimizer.zero_grad()
                 for group in optimizer.param_groups:
@@ -1460,7 +1603,7 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
                 for optimizer in optimizers:
                     optimizer.step()
             state["step"] = step
-            speed = (step - start) * tokens / (time.perf_counter() - clock)
+            speed = tokens * present_rate(recent, begun)
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": step * tokens}
             row |= {"tokens_per_s": round(speed, 1)} | ({"utilisation": 6 * inner * speed / peak} if peak else {})
             if skipped:
@@ -1469,7 +1612,7 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
             diverged, last = state["skips_in_a_row"] >= config.max_skips, step == config.steps
             if not diverged and (step % config.eval_every == 0 or last):
                 with averaged(optimizers), gathered(model), computing_in(config, world):
-                    row["val_loss"] = validate(model, corpus, config, world)
+                    row["val_loss"] = validate(model, corpus, config, world, bar)
                     row["val_bpb"] = row["val_loss"] * bits
                     few = min(4, at_once(config, world))
                     row |= memory_numbers(model, *(z[:few].to(world.device) for z in corpus.validation()))
@@ -1483,9 +1626,10 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
                 many = f"{config.max_skips} steps in a row were skipped"
                 fix = f"try a smaller --lr than {config.lr:g}"
                 raise UserError(f"{skipped} at step {step}: training diverged, {many}; {batch}, {good}; {fix}")
-            if step % config.save_every == 0 or stop or last:
+            before_decay = config.schedule == "wsd" and step == decay_start(config)
+            if step % config.save_every == 0 or stop or last or before_decay:
                 tensors = tensors_of(model, optimizers) | {"rng": torch.get_rng_state()}
-                run.save(state, tensors, config.keep, world)
+                run.save(state, tensors, config, world)
             if world.rank == 0 and ("val_loss" in row or stop):
                 run.plot(title, bits)
             if stop:
@@ -1495,11 +1639,9 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
         say(f"\nStopped and saved after step {state['step']}. To go on: python train.py --resume {run.path}")
         return 130
     if world.rank == 0:
-        print(f"\nvalidation: {run.log()[-1]['val_bpb']:.3f} bits per byte after {config.steps} steps")
-        print(f"loss curve: {run.path}/loss.png\n\nA sample:\n")
+        print(f"\n{result(run)}\n\nA sample:\n")
     with averaged(optimizers), gathered(model), computing_in(config, world):
-        if world.rank == 0:
-            print(sample_text(model, tokenizer, Command(), config.seed))
+        world.first(lambda: print(sample_text(model, tokenizer, Command(), config.seed)))
     say(f'\nMore: python train.py --sample {run.path} --prompt "The "')
     return 0
 
@@ -1568,16 +1710,22 @@ def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: to
     c, t = model_config, config.seq_len
     unit, whole_round = min(c.clocks, default=t), max(c.clocks, default=t)
     period, n = len(c.pattern), t / whole_round
-    thin = lambda layers, length: rehearse(replace(c, n_layer=layers), config, rows, length, dtype)
+
+    def thin(layers: int, length: int) -> Tensor:
+        print(f"counting a step of {layers} layers and {length} tokens without numbers ...", file=sys.stderr)
+        return rehearse(replace(c, n_layer=layers), config, rows, length, dtype)
+
     if t / unit * c.n_layer <= 16:
         return thin(c.n_layer, t).tolist()
 
     def long(layers: int) -> Tensor:
         if n <= 4:
             return thin(layers, t)
-        two, three, four = (thin(layers, k * whole_round) for k in (2, 3, 4))  # the first is unlike those that follow
-        attends = any(c.layer(i).depth == 0 for i in range(period))
-        return two + (three - two) * (n - 2) + attends * (four - 2 * three + two) / 2 * (n - 2) * (n - 3)
+        two, three = (thin(layers, k * whole_round) for k in (2, 3))  # the first is unlike those that follow
+        found = two + (three - two) * (n - 2)
+        if any(c.layer(i).depth == 0 for i in range(period)):  # attention
+            found += (thin(layers, 4 * whole_round) - 2 * three + two) / 2 * (n - 2) * (n - 3)
+        return found
 
     one, two = long(period), long(2 * period)
     return (one + (two - one) / period * (c.n_layer - period)).tolist()
@@ -1594,13 +1742,12 @@ def foreseen_vocabulary(config: TrainConfig) -> int:
 def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> None:
     """Print what a run takes: memory of a GPU by part, operations, days. Allocates no model."""
     gpus, tokens, utilisation = command.gpus, command.tokens, command.utilisation
-    if gpus < 1 or config.batch_size % gpus or gpus % config.nodes:
+    on = f"{gpus} GPU{'s' * (gpus > 1)}"
+    if config.batch_size % gpus or gpus % config.nodes:
         raise UserError(
-            f"{gpus} GPUs on {config.nodes} nodes cannot share {config.batch_size} sequences a step evenly; "
+            f"{on} on {config.nodes} nodes cannot share {config.batch_size} sequences a step evenly; "
             "change --gpus, --nodes or --batch-size"
         )
-    if not 0 < utilisation <= 1:
-        raise UserError(f"--utilisation is {utilisation}; give a part of the GPUs' peak, above 0, up to 1")
     model_config = replace(model_config, vocab_size=foreseen_vocabulary(config))
     with torch.device("meta"):
         model = Hope(model_config)
@@ -1617,7 +1764,7 @@ def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> Non
     print(
         f"{config.arch}, size {config.size}: {size:,} parameters, of which {model.embed.weight.numel():,} embed tokens"
     )
-    print(f"a step: {config.batch_size} sequences of {config.seq_len} tokens on {gpus} GPUs, {rows} of a GPU's {share} at once, {dtype}\n")  # fmt: skip
+    print(f"a step: {config.batch_size} sequences of {config.seq_len} tokens on {on}, {rows} of a GPU's {share} at once, {dtype}\n")  # fmt: skip
     table = {"ddp": (4 * size, 4 * size, optimizer)}
     if gpus > 1:
         whole = low * matrix + 4 * (size - matrix)  # gathered for the step
@@ -1642,24 +1789,31 @@ def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> Non
 
 
 def sample_text(model: Hope, tokenizer: Tokenizer, how: Command, seed: int) -> str:
-    """The prompt and what the model makes of it, up to the end of the document."""
+    """The prompt and what the model makes of it, up to the end of the document, control characters as \\x1b."""
     torch.manual_seed(seed)
     tokens = torch.tensor([tokenizer.encode(how.prompt).tolist()], device=model.embed.weight.device)
     drawn = dict(temperature=how.temperature, top_k=how.top_k or None, top_p=how.top_p, stop=[tokenizer.eot])
-    new = model.generate(tokens, how.max_new_tokens, **drawn)[0].tolist()
-    return how.prompt + tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new)
+    fix = "it has diverged: train anew with a smaller --lr, or delete its last checkpoints"
+    with explained("this model gives no sample", fix, RuntimeError, ValueError):
+        new = model.generate(tokens, how.max_new_tokens, **drawn)[0].tolist()
+    text = how.prompt + tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer, dict]:
-    """Settings, model (its averaged weights, if it has some) and tokenizer of the run at `path`, and what it is."""
+    """Settings, model (its averaged weights, if it has some) and tokenizer of the run or export at `path`, and what it is."""
     run = Run(path)
     config, model_config, sha256 = from_json(path / "config.json")
+    exported = (path / "model.safetensors").exists()
     anew = f"or have it written anew: python train.py --resume {path}"
-    if not run.saved():
+    if not run.saved() and not exported:
         raise UserError(f"{path} has no checkpoint yet; train first: python train.py --resume {path}")
     tokenizer = Tokenizer.of(path, sha256["tokenizer_sha256"], f"restore it, {anew}")
     world = World(replace(config, device=device or config.device))
     model = Hope(model_config).to(world.device)
+    if exported:
+        init_from(model, tokenizer, path)
+        return config, model, tokenizer, to_json(config, model_config, sha256)
     average = [optim.EMA(model.parameters(), config.ema)] if config.ema else []
     about = to_json(config, model_config, sha256)
     state = run.load(run.saved()[-1], about, tensors_of(model, average), world)
@@ -1671,6 +1825,8 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
 
 def export(run: Path, device: str | None) -> None:
     """Write RUN/export: model.safetensors, config.json and, where there is one, the tokenizer; see --init-from."""
+    if (run / "model.safetensors").exists():
+        raise UserError(f"{run} is an export already; give the run that it was made from")
     _, model, tokenizer, about = trained(run, device)
     target, beside = run / "export", run / ".export"
     shutil.rmtree(beside, ignore_errors=True)
@@ -1687,7 +1843,7 @@ def export(run: Path, device: str | None) -> None:
 def init_from(model: Hope, tokenizer: Tokenizer, folder: Path) -> None:
     """Take over the weights of an export."""
     fix = "give a folder that --export made"
-    with explained(f"--init-from {folder}: it cannot be used", fix, Exception):
+    with explained(f"{folder} cannot be used", fix, Exception):
         about = read_signed(folder / "config.json", fix)
         if file_sha256(folder / "model.safetensors") != about["model_sha256"]:
             raise ValueError("model.safetensors was altered")
@@ -1829,6 +1985,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main()
     if "RANK" in os.environ:  # gloo's threads sometimes abort a process that ends as usual
         sys.stdout.flush()

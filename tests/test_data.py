@@ -88,6 +88,42 @@ def test_text_that_looks_special_or_never_ends_is_only_text(text):
     assert time.process_time() - start < 5
 
 
+@pytest.mark.parametrize("run", [" ", "\t", "\u3000", " \n", "a"], ids=repr)
+@pytest.mark.parametrize(
+    "pattern", [train.SPLIT, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"]
+)
+def test_a_million_spaces_are_text_and_leave_the_tokens_around_them_alone(run, pattern):
+    tokenizer, run = Tokenizer(TRAINED.ranks, pattern), run * (1_000_000 // len(run))
+    tokens = tokenizer.encode(f"memory reads{run} memory").tolist()
+    assert tokenizer.decode(tokens) == f"memory reads{run} memory"
+    begin, end = tokenizer.encode("memory reads").tolist(), tokenizer.encode(" memory").tolist()
+    assert run[0] == "a" or (tokens[: len(begin)], tokens[-len(end) :]) == (begin, end)
+    assert Tokenizer.learn(258, [f"memory{run} reads"]).vocab_size <= 258
+
+
+def test_only_white_space_beyond_a_thousand_is_cut():
+    for text in ("\n" * 1000 + "a", "word " * 9999, "x" * 10**6):
+        assert train.cut_runs(text) == [text]
+    assert train.cut_runs("a" + " " * 2500 + "b") == ["a" + " " * 1000, " " * 1000, " " * 500 + "b"]
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer(), TRAINED], ids=["bytes", "trained"])
+def test_transformers_reads_a_folder_to_equal_tokens(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    Path("config.json").write_text('{"train": {}, "model": {}}')  # a run's is not one of transformers
+    tokenizer.save(Path())
+    theirs = transformers.AutoTokenizer.from_pretrained(".")
+    odd = "it's 1234567 tests  \n\n  of  été 深い 🙂\r\n\tx\u00a0 y\u3000\u3000z DON'T \u017f a\u0085b \x1c\x1c  w !!\n /  "
+    for text in [*documents(5), odd, odd[::-1], " " * 99 + "\n" * 99, "", "a" * 999]:
+        tokens = tokenizer.encode(text).tolist()
+        assert theirs(text, add_special_tokens=False).input_ids == tokens
+        assert theirs.decode(tokens, clean_up_tokenization_spaces=False) == text
+    assert theirs.eos_token_id == tokenizer.eot and len(theirs) == tokenizer.vocab_size
+    split = Tokenizer(TRAINED.ranks, r"\S+|\s+")
+    split.save(Path())
+    assert Tokenizer.load(Path("tokenizer.tiktoken")).sha256 == split.sha256  # pattern and all
+
+
 def test_half_a_surrogate_pair_becomes_a_question_mark():
     assert [t.decode(t.encode("a\ud800b").tolist()) for t in (Tokenizer(), TRAINED)] == ["a?b", "a?b"]
 
@@ -133,7 +169,10 @@ def test_a_tokenizer_that_cannot_be_had_is_named_with_what_can_be(monkeypatch):
     Path("no.tiktoken").write_text("no base64\n")
     Path("few.tiktoken").write_text("YQ== 0\n")
     for name, message in (
-        ("gpt2", "must be downloaded once, and that failed (ConnectionError: no network); connect to the network, or use bytes"),
+        (
+            "gpt2",
+            "must be downloaded once, and that failed (ConnectionError: no network); connect to the network, or use bytes",
+        ),
         ("gpt5", "no such tokenizer; allowed: bytes, train:N, a .tiktoken file, gpt2"),
         ("train:many", "a number of tokens from 257, as in train:32000"),
         ("train:256", "a number of tokens from 257"),
@@ -188,6 +227,48 @@ def test_every_kind_of_file_gives_the_same_documents(jsonl):
         assert all(torch.equal(a, b) for a, b in zip(corpus.batch(9, range(4)), one.batch(9, range(4))))
 
 
+def test_files_are_found_by_name_folder_and_pattern_each_once(jsonl):
+    rows = [json.dumps({"text": t}) for t in jsonl]
+    os.makedirs("folder/deep/.hidden")
+    Path("folder/a[1]?.JSONL").write_text("\n".join(rows[:100]))
+    Path("folder/deep/b*.ndjson").write_bytes(b"\xef\xbb\xbf" + "\n".join(rows[100:200]).encode())
+    Path("folder/deep/c.json").write_text(f"\n[{', '.join(rows[200:])}]")
+    Path("folder/deep/.hidden/d.txt").write_text("not read")
+    one = Corpus.open(config())
+    for data in (
+        "folder",
+        "folder/a[1]?.JSONL,folder/deep",
+        "folder/*,./folder/deep/b*.ndjson,folder/deep/*.json",
+    ):
+        found = Corpus.open(config(data))
+        assert sorted(texts_of(found, "training") + texts_of(found, "held_out")) == sorted(jsonl), data
+        assert found.sha256 == one.sha256
+    assert [p.name for p in Source(config("docs.jsonl,./docs.jsonl,*.jsonl")).files] == ["docs.jsonl"]
+    assert Path(one.name).name.startswith("docs.jsonl-bytes-")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "hf:"])
+def test_zero_bytes_are_replaced_and_counted_and_a_bom_is_dropped(kind, tokenizer, capsys):
+    import pyarrow.parquet
+
+    text = "".join(documents(40)).replace("memory", "mem\0ry")
+    data = f"one.{kind}"
+    if kind == "txt":
+        Path(data).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    elif kind == "jsonl":
+        Path(data).write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": text}).encode())
+    else:
+        os.makedirs("set")
+        data = "set/train.parquet" if kind == "parquet" else f"hf:{Path('set').absolute()}"
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), "set/train.parquet")
+    corpus = Corpus.open(config(data, tokenizer=tokenizer))
+    tokens = np.concatenate([t for split in ("training", "held_out") for t, _ in getattr(corpus, split).parts])
+    assert (tokens == corpus.tokenizer.eot).sum() == 1  # one document
+    assert corpus.tokenizer.decode(tokens[1:].tolist()) == text.replace("\0", "\ufffd")
+    assert f"{text.count(chr(0)):,} zero bytes (U+0000) were replaced" in capsys.readouterr().out
+
+
 def test_a_data_set_of_lines_becomes_articles(monkeypatch):
     import datasets
 
@@ -208,7 +289,7 @@ def test_a_data_set_of_lines_becomes_articles(monkeypatch):
 
 
 def test_data_that_cannot_be_used_is_named_with_the_reason(monkeypatch):
-    import pyarrow
+    import pyarrow.parquet
 
     Path("bad.jsonl").write_text('{"text": "fine"}\n\n{"text": 3}\n')
     Path("cut.jsonl").write_text('{"text": "fine"}\n{"text": "fi\n')
@@ -218,18 +299,24 @@ def test_data_that_cannot_be_used_is_named_with_the_reason(monkeypatch):
         pyarrow.compress(b"text" + random.Random(0).randbytes(9000).hex().encode(), "zstd", asbytes=True)[:5000]
     )
     Path("bad.parquet").write_bytes(b"PAR1 no")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["fine"] * 69 + [None]}), "null.parquet")
+    Path("list.json").write_text('[{"text": "fine"}, {"text": []}]')
+    Path("empty").mkdir()
     Path("late.txt").write_bytes(("é" * train.PIECE).encode() + b"\xff")
     Path("blank.txt").write_text(" \n" * 99)
     for data, message in (
         (
             "bad.jsonl",
-            "--data bad.jsonl, line 3 cannot be read (no text in field 'text', there is: text; name it by --text-field)",
+            "--data bad.jsonl, line 3 cannot be read (field 'text' holds a number, not text; mend it, or name another by",
         ),
         ("cut.jsonl", "--data cut.jsonl, line 2 cannot be read (JSONDecodeError"),
         (
             "fields.jsonl",
             "line 1 cannot be read (no text in field 'text', there is: title, body; name it by --text-field)",
         ),
+        ("null.parquet", "--data null.parquet, row 70 cannot be read (field 'text' holds null, not text"),
+        ("list.json", "--data list.json, row 2 cannot be read (field 'text' holds a list, not text"),
+        ("empty", "--data empty: no file in this folder; give files, folders or patterns"),
         ("cut.txt.gz", "--data cut.txt.gz"),
         ("cut.txt.zst", "--data cut.txt.zst"),
         ("bad.parquet", "--data bad.parquet cannot be read (ArrowInvalid"),

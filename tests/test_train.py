@@ -128,7 +128,6 @@ def error(capsys, *args):
 def test_bad_commands_get_one_line_with_the_fix(capsys):
     Path("empty.txt").write_text(" \n")
     Path("binary.bin").write_bytes(b"\xff\xfe\x00abc" * 100)
-    Path("zeros.txt").write_bytes(b"abc\0" * 100)
     Path("short.txt").write_text("too short " * 20)
     for args, message in (
         (["--chunks", "3"], "unknown flag --chunks; did you mean --chunk?"),
@@ -137,20 +136,32 @@ def test_bad_commands_get_one_line_with_the_fix(capsys):
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--steps", "0"], "steps is 0; it must be at least 1"),
         (["--lr", "-1"], "lr is -1.0; it must be above 0"),
+        (["--lr", "inf"], "lr is inf; it must be above 0 and below inf"),
+        (["--lr", "nan"], "lr is nan; it must be above 0"),
+        (["--grad-clip", "nan"], "grad_clip is nan; it must be above 0"),
+        (["--weight-decay", "-1"], "weight_decay is -1.0; it must be at least 0"),
+        (["--spike", ".5"], "spike is 0.5; it must be a factor above 1, or 0"),
+        (["--plan", "--tokens", "-1"], "tokens is -1.0; it must be at least 0"),
+        (["--plan", "--gpus", "0"], "gpus is 0; it must be at least 1"),
+        (["--plan", "--utilisation", "nan"], "utilisation is nan; it must be above 0 and at most 1"),
+        (["--seed", "9" * 20], f"seed is {'9' * 20}; it must be at least 0 and below {2**64}"),
+        (["--sample", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be at least 1"),
+        (["--sample", "a", "--temperature", "nan"], "temperature is nan; it must be at least 0"),
+        (["--sample", "a", "--top-k", "-1"], "top_k is -1; it must be at least 0"),
+        (["--sample", "a", "--resume", "b"], "--sample and --resume are different things to do; give one of them"),
+        (["--export", "a", "--plan"], "--export and --plan are different things to do"),
         (["--cms", "8,1.5"], "whole numbers from 1, or inf"),
         (["--cms", "a,b"], "argument --cms"),
         (["--adaptive", "k,w"], "allowed: k, v, q, eta, alpha"),
         (["--decay", "none"], "leave it out of adaptive"),
         (["--device", "tpu9"], "--device tpu9 is not available here"),
-        (["--data", "nowhere.txt"], "--data nowhere.txt: no such file; give files or patterns"),
+        (["--data", "nowhere.txt"], "--data nowhere.txt: no such file; give files, folders or patterns"),
         (["--data", "empty.txt"], "there is no text in it"),
         (
             ["--data", "binary.bin"],
             "binary.bin cannot be read (UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0",
         ),
-        (["--data", "zeros.txt"], "zeros.txt cannot be read (it is not text, it holds zero bytes)"),
         (["--data", "short.txt"], "too few for --seq-len 512"),
-        (["--data", "."], "no such file"),
         (["--resume", "nowhere"], "nowhere is no run directory"),
         (["--sample", "nowhere"], "nowhere is no run directory"),
         (["--out", "text.txt", "--data", "text.txt", "--seq-len", "64"], "text.txt exists and is no run directory"),
@@ -161,8 +172,8 @@ def test_bad_commands_get_one_line_with_the_fix(capsys):
 def test_a_run_directory_is_never_overwritten_by_another_run(capsys):
     run("--steps", "1", "--out", "mine")
     capsys.readouterr()
-    assert "mine holds a run with steps = 1, not 2; use another directory" in error(
-        capsys, *SMALL, "--out", "mine", "--steps", "2"
+    assert "mine holds a run with batch_size = 2, not 4; use another directory" in error(
+        capsys, *SMALL, "--out", "mine", "--steps", "2", "--batch-size", "4"
     )
     assert "chunk = 16, not 8" in error(capsys, *SMALL, "--out", "mine", "--steps", "1", "--chunk", "8")
     assert "mine holds a run with lr = 0.01, not 0.5" in error(capsys, "--resume", "mine", "--lr", "0.5")
@@ -183,11 +194,99 @@ def test_a_damaged_run_directory_is_named(capsys):
     assert "config.json cannot be used" in error(capsys, "--resume", "mine")
 
 
-def test_sampling_refuses_what_it_cannot_do(capsys):
+def test_a_sample_needs_a_prompt_and_weights_that_are_numbers_and_shows_control_characters(capsys, monkeypatch):
     run("--steps", "1", "--out", "mine")
     capsys.readouterr()
     assert "--prompt is empty" in error(capsys, "--sample", "mine", "--prompt", "")
-    assert "top_k -1" in error(capsys, "--sample", "mine", "--top-k", "-1")
+    found = train.trained(Path("mine"), None)
+    _, model, tokenizer, _ = found
+    monkeypatch.setattr(train, "trained", lambda *args: found)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "generate", lambda *args, **how: torch.tensor([[*b"b\x07\x9b\n\tc", 0, 65]]))
+        assert train.sample_text(model, tokenizer, train.Command(prompt="a\x1b"), 0) == "a\\x1bb\\x07\ufffd\n\tc"
+    with torch.no_grad():
+        model.norm.weight.fill_(math.nan)
+    assert "this model gives no sample" in error(capsys, "--sample", "mine")
+
+
+def test_an_export_is_sampled_as_its_run_is(capsys):
+    run("--steps", "2", "--out", "mine")
+    assert train.main(["--export", "mine"]) == 0
+    capsys.readouterr()
+    samples = []
+    for path in ("mine", "mine/export"):
+        assert train.main(["--sample", path, "--max-new-tokens", "20"]) == 0
+        samples.append(capsys.readouterr().out)
+    assert samples[0] == samples[1]
+    assert "mine/export is an export already" in error(capsys, "--export", "mine/export")
+
+
+def test_a_run_without_clipping_can_be_gone_on_with(capsys):
+    assert run("--steps", "2", "--grad-clip", "inf", "--out", "mine") == 0
+    assert json.loads(Path("mine/config.json").read_text())["train"]["grad_clip"] == "inf"
+    shutil.rmtree("mine/checkpoints")
+    assert train.main(["--resume", "mine"]) == 0 and len(rows("mine")) == 2
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+@pytest.mark.parametrize("again", [["--resume", "mine"], None], ids=["resume", "same command"])
+def test_a_finished_run_is_made_longer(schedule, again, capsys):
+    plan = [
+        "--schedule",
+        schedule,
+        "--warmup",
+        "0",
+        "--decay-part",
+        ".5",
+        "--eval-every",
+        "3",
+        "--save-every",
+        "2",
+        "--keep",
+        "1",
+    ]
+    command = [*SMALL, *plan, "--out", "mine"]
+    assert train.main([*command, "--steps", "6"]) == 0
+    assert train.main([*(again or command), "--steps", "12"]) == 0
+    out = capsys.readouterr().out
+    assert "mine: 12 steps instead of 6" in out
+    config = train.TrainConfig(steps=12, schedule=schedule, warmup=0.0, decay_part=0.5)
+    assert [r["lr"] for r in rows("mine")][6:] == [train.learning_rate(step, config) for step in range(6, 12)]
+    if schedule == "wsd":  # as if it had been meant to be so long
+        assert "from step-000003, before the learning rate fell" in out
+        assert Path("mine/checkpoints/decayed-6-step-000006").exists()
+        assert run(*plan, "--out", "whole", "--steps", "12") == 0
+        assert stripped(rows("mine")) == stripped(rows("whole"))
+    assert train.main(["--resume", "mine"]) == 0
+    out = capsys.readouterr().out
+    assert "train longer: --resume mine --steps 24" in out and "after 12 steps" in out
+    assert "holds a run with steps = 12, not 7" in error(capsys, "--resume", "mine", "--steps", "7")
+
+
+def test_speed_is_that_of_the_last_seconds(monkeypatch):
+    now, recent = [100.0], train.deque()
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+
+    def step(seconds, pause=0.0):
+        now[0] += pause + seconds
+        return train.present_rate(recent, now[0] - seconds)
+
+    assert step(60.0) == pytest.approx(1 / 60)  # compiling
+    assert step(1.0, pause=20.0) == pytest.approx(1.0)  # after a validation
+    assert [step(0.5) for _ in range(20)][-1] == pytest.approx(2.0)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="sees in /proc how far the imports are")
+def test_an_interrupt_during_the_imports_ends_without_a_traceback():
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.time() + 60
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and not err
 
 
 def test_help_is_one_screen_and_help_all_explains_every_flag(capsys):
