@@ -4,7 +4,7 @@
     python book/runs/smollm2.py                  # what book/runs/smollm2.json lacks; delete it to measure all again
     python book/runs/smollm2.py --most 1         # one setting, then stop
 
-Fifteen minutes on one core, 5 GB of memory. Chapter 12 reads the result: for each setting, kind of text and document,
+Ten minutes on one core, 5 GB of memory. Chapter 12 reads the result: for each setting, kind of text and document,
 the mean loss in nats per token over stretches of 128 tokens.
 """
 
@@ -27,14 +27,14 @@ import hope
 RESULT = Path(__file__).with_suffix(".json")
 TOKENS, STRETCH = 768, 128
 DOCUMENTS = ("attribute-access", "execmodel", "typesmapping")
-# The same text twice: as it is, and with every letter moved by 13 places, which no training text has prepared for.
+# The same text twice: as it is, and with every letter moved by 13 places, a language that is rare in training texts.
 KINDS = {"documentation": lambda text: text, "rot13": lambda text: codecs.encode(text, "rot13")}
 # Chunk sizes of the levels (inf: the pre-trained MLP stays as it is) and inner rates; rate 0 is the original.
 SETTINGS = [
     (("64",), 0.0),
     *((("64",), rate) for rate in (0.003, 0.01, 0.03, 0.1)),
     *((("256",), rate) for rate in (0.01, 0.03, 0.1)),
-    *((("inf", "64"), rate) for rate in (0.01, 0.03, 0.1)),
+    (("inf", "64"), 0.01),
 ]
 
 
