@@ -1,31 +1,50 @@
-"""Hope: self-modifying Titans followed by a continuum memory system, and the memories they are made of.
+"""Hope: self-modifying Titans followed by a continuum memory system (CMS), and the memories they are made of.
 
-Follows *Nested Learning* (Behrouz, Razaviyayn, Zhong, Mirrokni; arXiv 2512.24695). Equation numbers are the arXiv
-version's. What to know before reading:
+Follows *Nested Learning* (Behrouz, Razaviyayn, Zhong, Mirrokni; arXiv 2512.24695); equation numbers are the arXiv
+version's. In the order of this file:
+
+    MemoryConfig, HopeConfig       every choice there is; architectures are presets, that is rows of choices
+    HopeState and its parts        what is carried between two calls, so that a stream may be cut anywhere
+    Memory, Attention              sequence layers: `Memory.preset("hope", d_model=256)`
+    MLP, CMS, Block, Hope          the model: `forward` reads a stream, `observe` learns from it, `generate` goes on
+    load, from_pretrained          a model of train.py; a pre-trained Transformer as Hope-Attention (sec. 7.3)
+    param_groups, slow_groups      what is given to the outer optimizer (torch's or one of optim.py)
+    levels                         who learns what, from what and how often (Definition 2)
+
+What to know before reading:
 
 - A memory is a small network whose weights are state. Reading it is a forward pass; writing it is a step of an inner
   optimizer. Its start state is a parameter, and gradients flow through every write, so the start state is meta-learnt.
 - Time runs in chunks. Inside a chunk every inner gradient is taken at the state the chunk started from (eq. 90, with
   the index that does not leak); the writes themselves act token by token, in one call of `kernels.dgd_chunk`.
-- A state carries everything between calls, so a sequence may be cut anywhere.
 - Shapes: b batch, t time, d model width, h heads, e head width, n memories side by side, c tokens of a chunk.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from kernels import chunk_gates, dgd_chunk, memory_scan, scans, uses_triton
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
+__all__ = [
+    "CMS", "GATES", "INF", "MLP", "Attention", "Block", "FastMLP", "Hope", "HopeConfig", "HopeState", "Level", "Levels",
+    "Memory", "MemoryConfig", "apply_memory", "compile_parts", "from_pretrained", "levels", "load", "make_layer",
+    "map_state", "param_groups", "rotate", "sample", "slow_groups", "token_loss",
+]  # fmt: skip
 
 INF = float("inf")
 
@@ -34,27 +53,32 @@ INF = float("inf")
 # Configuration
 
 
+def require(holds: Any, message: str) -> None:
+    """ValueError with this message unless it holds."""
+    if not holds:
+        raise ValueError(message)
+
+
 def check_choices(config: Any) -> None:
-    """Raise ValueError for a field of `config` annotated as a Literal that holds something else."""
+    """ValueError for a field of `config` annotated as a Literal that holds something else."""
     for name, hint in get_type_hints(type(config)).items():
-        allowed, value = get_args(hint), getattr(config, name)
-        if "Literal" in str(hint) and value not in allowed:
-            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+        if "Literal" in str(hint):
+            allowed, value = get_args(hint), getattr(config, name)
+            require(value in allowed, f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
 def check_positive(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+        require(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; it must be at least 1")
 
 
-def unknown_preset(kind: str, name: str, table: dict) -> ValueError:
-    return ValueError(f"no {kind} called {name!r}; choose one of: {', '.join(table)}")
+def check_preset(kind: str, name: str, table: dict) -> None:
+    require(name in table, f"no {kind} called {name!r}; choose one of: {', '.join(table)}")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A config field; `help` is what `train.py --help` says of it."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, text: str) -> Any:
+    """A config field; `text` is what `train.py --help` says of it."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -63,9 +87,7 @@ class MemoryConfig:
 
     d_model: int = setting(128, "model width")
     n_head: int = setting(4, "heads; every head has memories of its own, d_model / n_head wide")
-    depth: Literal[0, 1, 2] = setting(
-        2, "0: softmax attention, no parameters; 1: linear memory M x; 2: MLP memory x + W1 silu(W2 x) (eq. 89)"
-    )
+    depth: Literal[0, 1, 2] = setting(2, "0: softmax attention; 1: linear memory M x; 2: MLP x + W1 silu(W2 x), eq. 89")
     objective: Literal["dot", "l2"] = setting("l2", "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2")
     rule: Literal["gd", "dgd"] = setting("dgd", "inner optimizer: gradient descent or delta gradient descent (eq. 88)")
     step: Literal["exact", "mean", "one"] = setting(
@@ -73,8 +95,7 @@ class MemoryConfig:
     )
     momentum: bool = setting(True, "momentum on the inner gradient, with a learnt gate theta")
     decay: Literal["gate", "fixed", "none"] = setting(
-        "gate",
-        "retention alpha: a learnt gate, a fixed number for every head (RetNet's), or none: nothing is forgotten",
+        "gate", "retention alpha: a learnt gate, a fixed number for every head (RetNet's), or none: all is kept"
     )
     adaptive: tuple[str, ...] = setting(
         ("k", "v", "eta", "alpha"), "which of k, v, q, eta, alpha are read from memories that are written too"
@@ -83,8 +104,7 @@ class MemoryConfig:
     chunk: int = setting(64, "tokens between two refreshes of the main memory's gradients")
     chunk_proj: int = setting(64, "the same for the memories that produce k, v, q, eta, alpha")
     read: Literal["token", "after", "chunk"] = setting(
-        "token",
-        "token: y_t from the state before token t (eq. 86); after: from the one after it; chunk: the chunk's start",
+        "token", "y_t is read from the state before token t (eq. 86), after it, or at the chunk's start"
     )
     conv: int = setting(4, "width of the causal depthwise convolution in front; 0 for none")
     qk_norm: bool = setting(True, "l2-normalise keys and queries")
@@ -93,15 +113,11 @@ class MemoryConfig:
     expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width")
     rotary: bool = setting(False, "rotary positions on keys and queries")
     project: bool = setting(
-        True, "static projections into and out of the heads; off is the paper's literal form, one head"
+        True, "static projections into and out of the heads; off: the paper's literal form, one head"
     )
-    remat: int = setting(
-        16, "chunks between two states that are kept for the backward pass, which recomputes those between; 0 keeps all"
-    )
+    remat: int = setting(16, "chunks between states kept for the backward pass, which recomputes the rest; 0 keeps all")
     window: int = setting(0, "softmax attention only: how many tokens back it sees; 0 for all")
-    n_kv_head: int = setting(
-        0, "softmax attention only: heads of keys and values, shared by the n_head of queries; 0 for n_head"
-    )
+    n_kv_head: int = setting(0, "softmax attention only: heads of keys and values, for groups of queries; 0 for n_head")
     bias: bool = setting(False, "softmax attention only: biases in its projections")
     y_norm: bool = setting(True, "normalise what a head reads before the projection out of the heads")
     rope_theta: float = setting(10000.0, "rotary positions: base of the frequencies")
@@ -123,38 +139,36 @@ class MemoryConfig:
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MemoryConfig:
         """The layer called `name` (see PRESETS), with any field overridden. ValueError for an unknown name."""
-        if name not in cls.PRESETS:
-            raise unknown_preset("memory preset", name, cls.PRESETS)
+        check_preset("memory preset", name, cls.PRESETS)
         return cls(**{**cls.PRESETS[name], **overrides})
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "d_model", "n_head", "chunk", "chunk_proj", "expand")
-        if self.d_model % self.n_head:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
-        if unknown := set(self.adaptive) - {"k", "v", "q", "eta", "alpha"}:
-            raise ValueError(f"adaptive names {sorted(unknown)}; allowed: k, v, q, eta, alpha")
-        if self.conv < 0 or self.window < 0:
-            raise ValueError(f"conv is {self.conv}, window is {self.window}; neither can be negative")
-        if not self.project and self.n_head > 1:
-            raise ValueError(f"project=False is the one-head form, but n_head is {self.n_head}; set n_head=1")
-        for name, off in (("eta", self.step == "one"), ("alpha", self.decay != "gate")):
-            if name in self.adaptive and off:
-                raise ValueError(f"adaptive names {name}, which this memory does not have; leave it out of adaptive")
-        if self.n_kv_head < 0 or self.n_head % (self.n_kv_head or 1):
-            raise ValueError(
-                f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself"
-            )
-        if self.rope_theta <= 0:
-            raise ValueError(f"rope_theta is {self.rope_theta}; it must be above 0")
-        if self.depth > 0 and (self.n_kv_head or self.bias):
-            raise ValueError(f"n_kv_head and bias are for softmax attention, but depth is {self.depth}; set depth=0")
-        if self.depth < 2 and (self.memory_norm or self.expand > 1):
-            raise ValueError(f"memory_norm and expand are for MLP memories, but depth is {self.depth}; set depth=2")
-        if (self.rotary or self.depth == 0) and self.d_head % 2:
-            raise ValueError(f"rotary positions need an even head width, not {self.d_head}; change n_head or d_model")
-        if self.rotary and {"k", "q"} & set(self.adaptive):
-            raise ValueError("rotary positions are for static keys and queries; take k and q out of adaptive")
+        unknown = set(self.adaptive) - {"k", "v", "q", "eta", "alpha"}
+        require(self.d_model % self.n_head == 0, f"d_model {self.d_model} is not a multiple of n_head {self.n_head}")
+        require(not unknown, f"adaptive names {sorted(unknown)}; allowed: k, v, q, eta, alpha")
+        for holds, message in (
+            (self.conv >= 0 <= self.window, f"conv is {self.conv}, window is {self.window}; neither can be negative"),
+            (self.project or self.n_head == 1,
+             f"project=False is the one-head form, but n_head is {self.n_head}; set n_head=1"),
+            ("eta" not in self.adaptive or self.step != "one",
+             "adaptive names eta, which this memory does not have; leave it out of adaptive"),
+            ("alpha" not in self.adaptive or self.decay == "gate",
+             "adaptive names alpha, which this memory does not have; leave it out of adaptive"),
+            (self.n_kv_head >= 0 and self.n_head % (self.n_kv_head or 1) == 0,
+             f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself"),
+            (self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be above 0"),
+            (self.depth == 0 or not (self.n_kv_head or self.bias),
+             f"n_kv_head and bias are for softmax attention, but depth is {self.depth}; set depth=0"),
+            (self.depth == 2 or not (self.memory_norm or self.expand > 1),
+             f"memory_norm and expand are for MLP memories, but depth is {self.depth}; set depth=2"),
+            (not (self.rotary or self.depth == 0) or self.d_head % 2 == 0,
+             f"rotary positions need an even head width, not {self.d_head}; change n_head or d_model"),
+            (not (self.rotary and {"k", "q"} & set(self.adaptive)),
+             "rotary positions are for static keys and queries; take k and q out of adaptive"),
+        ):  # fmt: skip
+            require(holds, message)
 
     @property
     def d_head(self) -> int:
@@ -169,27 +183,23 @@ class HopeConfig:
     n_layer: int = setting(2, "blocks")
     memory: MemoryConfig = MemoryConfig()
     pattern: tuple[str, ...] = setting(
-        ("memory",),
-        "sequence layers of successive blocks, repeated: memory, or attention over the last `window` tokens",
+        ("memory",), "layers of successive blocks, repeated: memory, or attention over the last `window` tokens"
     )
     cms: tuple[float, ...] = setting(
         (64, 256, INF),
-        "chunk size of each MLP of the continuum memory system; inf moves with the outer optimizer only, at every step; a "
-        "chunk longer than a training sequence moves its start state once per chunk, by the sum of its gradients",
+        "chunk size of each MLP of the CMS; inf moves with the outer optimizer only, at every step; one longer than a "
+        "training sequence moves its start state once per chunk, by the sum of its gradients",
     )
     cms_hidden: float = setting(
-        2.0,
-        "hidden width of each of these MLPs, as a multiple of d_model; presets fit it to the size's parameter budget",
+        2.0, "hidden width of each of these MLPs, times d_model; presets fit it to the size's parameter budget"
     )
     cms_rate: tuple[float, ...] = setting(
-        (1.0,),
-        "inner step size per mean gradient of a chunk, one for all in-context levels or one each; 0 for no writes",
+        (1.0,), "inner step size per mean gradient of a chunk, one or one for each in-context level; 0: no writes"
     )
     learn_rates: bool = setting(True, "whether these step sizes are learnt, up to twice the given ones")
     wiring: Literal["sequential", "nested", "independent"] = setting(
         "sequential",
-        "how levels are joined: in a chain (eq. 73), in a chain with start states learnt one level up (eq. 72), "
-        "or side by side (eq. 74)",
+        "levels in a chain (eq. 73), with start states learnt one level up (eq. 72), or side by side (eq. 74)",
     )
     mlp: Literal["silu", "swiglu", "gelu"] = setting("silu", "kind of MLP; gelu is its tanh form")
     mlp_bias: bool = setting(False, "biases in the MLPs; they are not written in context")
@@ -228,55 +238,72 @@ class HopeConfig:
     @classmethod
     def preset(cls, size: str = "tiny", arch: str = "hope", **overrides: Any) -> HopeConfig:
         """`arch` at `size`, with any field of HopeConfig or MemoryConfig overridden by its name."""
-        if size not in cls.SIZES:
-            raise unknown_preset("size", size, cls.SIZES)
-        if arch not in cls.ARCHS:
-            raise unknown_preset("architecture", arch, cls.ARCHS)
+        check_preset("size", size, cls.SIZES)
+        check_preset("architecture", arch, cls.ARCHS)
         settings = {**cls.SIZES[size], **cls.ARCHS[arch], **overrides}
         memory, weight = settings.pop("memory"), settings.pop("weight")
         inner = {f.name: settings.pop(f.name) for f in fields(MemoryConfig) if f.name in settings}
-        if unknown := set(settings) - {f.name for f in fields(cls)}:
-            raise ValueError(f"unknown setting {sorted(unknown)}; see HopeConfig and MemoryConfig for the names")
+        unknown = set(settings) - {f.name for f in fields(cls)}
+        require(not unknown, f"unknown setting {sorted(unknown)}; see HopeConfig and MemoryConfig for the names")
         config = cls(memory=MemoryConfig.preset(memory, **inner), **settings)
         if "cms_hidden" in settings:
             return config
         with torch.device("meta"):
-            used = sum(p.numel() for p in Memory(config.memory).parameters())
-        matrices = len(config.cms) * (3 if config.mlp == "swiglu" else 2)
-        d = config.memory.d_model
+            used = sum(p.numel() for p in make_layer(config.memory).parameters())
+        matrices, d = len(config.cms) * (3 if config.mlp == "swiglu" else 2), config.memory.d_model
         hidden, unit = (weight * d * d - used) / (matrices * d), 8 if d < 512 else 32
         return replace(config, cms_hidden=max(1, round(hidden / unit)) * unit / d)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> HopeConfig:
+        """What `dataclasses.asdict` makes of a config, after JSON: lists for tuples, "inf" for infinity."""
+
+        def tuples(settings: dict[str, Any]) -> dict[str, Any]:
+            return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+        settings = tuples(stored)
+        for name in ("cms", "cms_rate"):
+            settings[name] = tuple(map(float, settings[name]))
+        return cls(**{**settings, "memory": MemoryConfig(**tuples(stored["memory"]))})
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "vocab_size", "n_layer")
-        if self.norm_eps < 0 or self.n_position < 0:
-            raise ValueError(f"norm_eps is {self.norm_eps}, n_position is {self.n_position}; neither can be negative")
-        if not self.cms:
-            raise ValueError("cms is empty; give at least one chunk size, inf for a plain MLP")
+        require(self.cms, "cms is empty; give at least one chunk size, inf for a plain MLP")
         for c in self.cms:
-            if c != INF and (c < 1 or c != int(c)):
-                raise ValueError(f"cms has {c}; chunk sizes are whole numbers from 1, or inf")
-        finite = sum(c != INF for c in self.cms)
-        if min(self.cms_rate, default=-1) < 0 or len(self.cms_rate) not in (1, finite):
-            raise ValueError(
-                f"cms_rate is {self.cms_rate}; give one step size from 0, or one for each of {finite} in-context levels"
-            )
-        if self.wiring == "nested" and list(self.cms) != sorted(self.cms):
-            raise ValueError(f"cms is {self.cms}; nested levels go from fast to slow, so sort the chunk sizes")
-        if not self.pattern or set(self.pattern) - {"memory", "attention"}:
-            raise ValueError(f"pattern is {self.pattern}; it lists one or more of: memory, attention")
+            whole = c == INF or (c >= 1 and c == int(c))
+            require(whole, f"cms has {c}; chunk sizes are whole numbers from 1, or inf")
+        n = sum(c != INF for c in self.cms)
+        for holds, message in (
+            (self.norm_eps >= 0 <= self.n_position,
+             f"norm_eps is {self.norm_eps}, n_position is {self.n_position}; neither can be negative"),
+            (min(self.cms_rate, default=-1) >= 0 and len(self.cms_rate) in (1, n),
+             f"cms_rate is {self.cms_rate}; give one step size from 0, or one for each of {n} in-context levels"),
+            (self.wiring != "nested" or list(self.cms) == sorted(self.cms),
+             f"cms is {self.cms}; nested levels go from fast to slow, so sort the chunk sizes"),
+            (self.pattern and set(self.pattern) <= {"memory", "attention"},
+             f"pattern is {self.pattern}; it lists one or more of: memory, attention"),
+        ):  # fmt: skip
+            require(holds, message)
 
     @property
     def rates(self) -> list[float]:
         """Inner step size of every level of the CMS; 0 for one that is not written in context."""
-        rates = iter(self.cms_rate * (len(self.cms) if len(self.cms_rate) == 1 else 1))
-        return [0.0 if c == INF else next(rates) for c in self.cms]
+        rates = [0.0] * len(self.cms)
+        finite = [i for i, c in enumerate(self.cms) if c != INF]
+        for place, i in enumerate(finite):
+            rates[i] = self.cms_rate[0 if len(self.cms_rate) == 1 else place]
+        return rates
+
+    @property
+    def written(self) -> list[int]:
+        """Places in `cms` of the levels that are written in context."""
+        return [i for i, rate in enumerate(self.rates) if rate > 0]
 
     @property
     def clocks(self) -> list[int]:
-        """Chunk sizes of the levels that are written in context."""
-        return [int(c) for c, rate in zip(self.cms, self.rates) if rate > 0]
+        """Their chunk sizes."""
+        return [int(self.cms[i]) for i in self.written]
 
     def layer(self, i: int) -> MemoryConfig:
         """The sequence layer of block i."""
@@ -338,6 +365,36 @@ class FastMLP:
     start: list[Tensor] | None = None  # nested wiring: what delta restarts from when the next slower chunk ends
     start_total: list[Tensor] | None = None  # and the gradient summed since that chunk began
 
+    def add(self, gradient: list[Tensor]) -> FastMLP:
+        """With a segment's gradient in the sums."""
+        total = [a + g for a, g in zip(self.total, gradient)]
+        if self.start is None:
+            return replace(self, total=total)
+        return replace(self, total=total, start_total=[a + g for a, g in zip(self.start_total, gradient)])
+
+    def move(self, step: Tensor) -> FastMLP:
+        """At the end of its chunk (eq. 71)."""
+        zeros = [torch.zeros_like(a) for a in self.total]
+        return replace(self, delta=[w - step * g for w, g in zip(self.delta, self.total)], total=zeros)
+
+    def restart(self, step: Tensor) -> FastMLP:
+        """At the end of the next slower chunk, in nested wiring: back to the start state, which moves (eq. 72)."""
+        zeros = [torch.zeros_like(a) for a in self.total]
+        start = [w - step * g for w, g in zip(self.start, self.start_total)]
+        return FastMLP(start, zeros, start, zeros)
+
+
+@dataclass
+class Segment:
+    """What the CMS keeps of the tokens since its last write, until its next."""
+
+    tokens: Tensor  # (b, s)
+    targets: Tensor  # (b, s)
+    memories: list[MemoryState | AttentionState]  # as they stood before these tokens
+
+    def extend(self, tokens: Tensor, targets: Tensor) -> Segment:
+        return replace(self, tokens=torch.cat([self.tokens, tokens], 1), targets=torch.cat([self.targets, targets], 1))
+
 
 @dataclass
 class HopeState:
@@ -373,15 +430,31 @@ class HopeState:
             return torch.load(path, weights_only=True)
 
 
-@dataclass
-class Segment:
-    tokens: Tensor  # (b, s)
-    targets: Tensor  # (b, s)
-    memories: list[MemoryState | AttentionState]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Memories
+
+
+def in_float32(z: Tensor) -> Tensor:
+    """z in float32 at least."""
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def piece_lengths(start: int, length: int, clocks: Sequence[int]) -> list[int]:
+    """Cut tokens start, ..., start + length - 1 at every multiple of every clock: how long the pieces are."""
+    lengths, t, end = [], start, start + length
+    while t < end:
+        lengths.append(min([end - t, *(clock - t % clock for clock in clocks)]))
+        t += lengths[-1]
+    return lengths
+
+
+def cut_streams(streams: dict[str, Tensor], lengths: list[int]) -> list[dict[str, Tensor]]:
+    """Cut streams (b, h, t, ...) into pieces of these lengths.
+
+    By `split`, not by slices: the gradient of a slice is as long as the whole stream, of all slices together quadratic.
+    """
+    pieces = zip(*(z.split(lengths, 2) for z in streams.values()))
+    return [dict(zip(streams, piece)) for piece in pieces]
 
 
 def causal_conv(conv: nn.Conv1d | None, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -390,6 +463,16 @@ def causal_conv(conv: nn.Conv1d | None, x: Tensor, tail: Tensor | None) -> tuple
         return x, tail
     x = torch.cat([tail.to(x.dtype), x], 1)
     return conv(x.mT).mT, x[:, x.shape[1] - tail.shape[1] :]
+
+
+def rotate(x: Tensor, start: int, theta: float = 10000.0) -> Tensor:
+    """Rotary embedding of x (b, h, t, e) at positions start, start + 1, ..."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def apply_memory(layers: Sequence[Tensor], x: Tensor, norm: bool = False) -> Tensor:
@@ -421,276 +504,8 @@ def inner_gradients(
     return [(k, z, (d1 @ w1) * (gate * (1 + z - hidden))), (hidden, out, d1)]
 
 
-def rotate(x: Tensor, start: int, theta: float = 10000.0) -> Tensor:
-    """Rotary embedding of x (b, h, t, e) at positions start, start + 1, ..."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float64)[:, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def cut_streams(streams: dict[str, Tensor], room: Callable[[int], int]) -> list[tuple[int, dict[str, Tensor]]]:
-    """Cut streams (b, h, t, ...) into pieces of at most room(s) tokens from s on: their lengths and the pieces.
-
-    By `split`, not by slices: the gradient of a slice is as long as the whole stream, of all slices together quadratic.
-    """
-    t, sizes = next(iter(streams.values())).shape[2], []
-    while sum(sizes) < t:
-        sizes.append(min(room(sum(sizes)), t - sum(sizes)))
-    pieces = zip(*(z.split(sizes, 2) for z in streams.values()))
-    return [(n, dict(zip(streams, piece))) for n, piece in zip(sizes, pieces)]
-
-
 # A gate's learnt number becomes a step size above 0, or a retention between 0 and 1.
 GATES = {"eta": F.softplus, "alpha": torch.sigmoid, "theta": torch.sigmoid}
-
-
-class Memory(nn.Module):
-    """A sequence layer: in every head a memory that is written and read token by token.
-
-    Reads (eq. 86):   k, v, eta, alpha = M_k(x), M_v(x), M_eta(x), M_alpha(x);   y = M(q);   q = W_q x
-    Writes (eq. 88):  each memory M_b moves by delta gradient descent on loss(M_b; k, M_b(v)), see `kernels.dgd_chunk`
-
-    where the names in `config.adaptive` are memories of their own and the rest static projections of x. Choices the
-    paper leaves open: heads; eta and alpha are scalars per head, read out of M_eta and M_alpha by a learnt vector;
-    the step that multiplies a layer's update is the minimiser of eq. 56 for that layer's input,
-    eta / (1 + eta |x|^2); momentum averages the inner gradient (weights theta and 1 - theta: with the gradient frozen
-    over a chunk, a sum would overshoot by 1 / (1 - theta)) and leaves the delta term alone; self-generated values are
-    l2-normalised and rescaled by a learnt factor, without which a model writes ever larger targets for itself.
-    """
-
-    def __new__(cls, config: MemoryConfig | None = None):
-        # Attention is the member of the family without parameters: `Memory(config)` makes either. Copies come without config.
-        return super().__new__(Attention if cls is Memory and config and config.depth == 0 else cls)
-
-    def __init__(self, config: MemoryConfig):
-        super().__init__()
-        self.config = config
-        d, h, e = config.d_model, config.n_head, config.d_head
-        self.conv = nn.Conv1d(d, d, config.conv, groups=d, bias=False) if config.conv else None
-        self.to_y = nn.Linear(d, d, bias=config.bias) if config.project else None
-        self.y_norm = nn.Parameter(torch.ones(h, 1, e)) if config.project and config.y_norm else None
-        self.compiled = False  # whether complete chunks run through torch.compile, see `compile_parts`
-        self._init_parts()
-        if self.conv is not None:  # starts as the identity
-            nn.init.normal_(self.conv.weight, std=0.1)
-            with torch.no_grad():
-                self.conv.weight[:, 0, -1] += 1
-
-    def _init_parts(self) -> None:
-        c, d, h, e = self.config, self.config.d_model, self.config.n_head, self.config.d_head
-        self.adaptive = [b for b in ("k", "v", "q", "eta", "alpha") if b in c.adaptive]
-        static = lambda name, width: None if name in c.adaptive else nn.Linear(d, width, bias=False)
-        self.to_k, self.to_v, self.to_q = static("k", d), static("v", d), static("q", d)
-        self.to_u = nn.Linear(d, d, bias=False) if c.adaptive and c.project else None
-        # A gate is bias + <read, M(x)> per head if adaptive, bias + W x if not. At the start: remember, learn slowly.
-        self.gates = nn.ModuleDict()
-        for name, present, bias in (
-            ("eta", c.step != "one", -2.0),
-            ("alpha", c.decay == "gate", 4.0),
-            ("theta", c.momentum, 0.0),
-        ):
-            if present:
-                self.gates[name] = Gate(h, e, bias) if name in c.adaptive else StaticGate(d, h, bias)
-        if c.decay == "fixed":
-            self.register_buffer("fixed_alpha", 1 - 2.0 ** -(5 + torch.arange(h)).view(h, 1), persistent=False)
-        self.start = nn.ParameterDict()
-        # Memories with one clock are run together, the main one last.
-        parts = {"proj": len(self.adaptive), "main": 1} if self.adaptive else {"main": 1}
-        self.groups = {"main": list(parts)} if c.chunk == c.chunk_proj else {part: [part] for part in parts}
-        for group, n in parts.items():
-            if c.depth == 1:
-                self.start[f"{group}_0"] = nn.Parameter(torch.zeros(h, n, e, e))
-            else:
-                hidden = c.expand * e
-                self.start[f"{group}_0"] = nn.Parameter(torch.randn(h, n, hidden, e) / math.sqrt(e))
-                self.start[f"{group}_1"] = nn.Parameter(torch.randn(h, n, e, hidden) / math.sqrt(hidden) * 0.3)
-            if c.self_values and c.value_norm:
-                self.start[f"{group}_scale"] = nn.Parameter(torch.ones(h, n, 1, 1))
-
-    def start_weights(self, group: str) -> list[Tensor]:
-        """Start states of a group's layers, each (h, n, o, i)."""
-        return [self.start[f"{group}_{layer}"] for layer in range(self.config.depth)]
-
-    def init_state(self, b: int) -> MemoryState:
-        """The state of b sequences before their first token."""
-
-        def group(name: str) -> Weights | None:
-            if name not in self.groups:
-                return None
-            layers = zip(*(self.start_weights(part) for part in self.groups[name]))
-            now = [torch.cat(layer, 1).expand(b, -1, -1, -1, -1) for layer in layers]
-            momentum = [torch.zeros_like(w) for w in now] if self.config.momentum else None
-            return Weights(now, momentum, now)
-
-        return MemoryState(0, self._empty_tail(b), group("proj"), group("main"))
-
-    def restart_graph(self, state: MemoryState) -> MemoryState:
-        """The same state as values, as a detached change of the start state: gradients reach that and nothing else."""
-        graft = lambda now, start: now.detach() + (start - start.detach())
-        return map_state(graft, state, self.init_state(state.main.now[0].shape[0]))
-
-    def _empty_tail(self, b: int) -> Tensor | None:
-        if self.conv is None:
-            return None
-        return self.conv.weight.new_zeros(b, self.config.conv - 1, self.config.d_model)
-
-    def _heads(self, x: Tensor, to: nn.Linear | None) -> Tensor:
-        return rearrange(x if to is None else to(x), "b t (h e) -> b h t e", e=self.config.d_head)
-
-    def _out(self, y: Tensor) -> Tensor:
-        """y: (b, h, t, e) -> (b, t, d)"""
-        if self.to_y is None:
-            return rearrange(y, "b h t e -> b t (h e)")
-        if self.y_norm is not None:
-            y = F.rms_norm(y, y.shape[-1:]) * self.y_norm
-        return self.to_y(rearrange(y, "b h t e -> b t (h e)").to(self.to_y.weight.dtype))
-
-    def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
-        """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
-        c = self.config
-        state = state or self.init_state(x.shape[0])
-        x, tail = causal_conv(self.conv, x, state.tail)
-        # What does not depend on a memory is computed for all tokens at once; (b, h, t, e) and gates (b, h, t).
-        streams = {"u": self._heads(x, self.to_u)} if self.adaptive else {}
-        for name, to in (("k", self.to_k), ("v", self.to_v), ("q", self.to_q)):
-            if name not in self.adaptive:
-                streams[name] = self._heads(x, to)
-        for name in ("u", "k", "q"):
-            if name in streams and c.qk_norm:
-                streams[name] = F.normalize(streams[name], dim=-1)
-            if name in streams and c.rotary and name != "u":
-                streams[name] = rotate(streams[name], state.t, c.rope_theta)
-        for name, gate in self.gates.items():
-            if name not in self.adaptive:
-                streams[name] = GATES[name](gate(x))
-        groups = {name: group for name in ("proj", "main") if (group := getattr(state, name)) is not None}
-        ys, t = [], state.t
-        with torch.autocast(x.device.type, enabled=False):
-            streams = {name: z if z.dtype == torch.float64 else z.float() for name, z in streams.items()}
-            some = next(iter(streams.values()))
-            one, fused = some.new_ones(some.shape[:3]), scans(some, c.d_head)
-            if c.step == "one":
-                streams["eta"] = one
-            if c.decay != "gate":
-                streams["alpha"] = one * self.fixed_alpha.to(one) if c.decay == "fixed" else one
-            spans = cut_streams(streams, lambda s: x.shape[1] if fused else c.remat * c.chunk or x.shape[1])
-            for n, span in spans:
-                # The last span's graph is needed first, and is no larger than the one recomputed after it.
-                if t + n < state.t + x.shape[1] and torch.is_grad_enabled():
-                    y, groups = checkpoint(self._span, span, groups, t, use_reentrant=False)
-                else:
-                    y, groups = (self._fused if fused else self._span)(span, groups, t)
-                ys.append(y)
-                t += n
-        y = self._out(torch.cat(ys, 2)) if ys else torch.zeros_like(x)
-        return y, MemoryState(state.t + x.shape[1], tail, groups.get("proj"), groups["main"])
-
-    def _span(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
-        """Any number of tokens from time t on: streams (b, h, s, e), gates (b, h, s) -> y (b, h, s, e), new groups."""
-        c, ys = self.config, []
-        for n, piece in cut_streams(streams, lambda s: min(size - (t + s) % size for size in (c.chunk, c.chunk_proj))):
-            if t % c.chunk_proj == 0 and "proj" in groups:
-                groups = {**groups, "proj": replace(groups["proj"], anchor=groups["proj"].now)}
-            if t % c.chunk == 0:
-                groups = {**groups, "main": replace(groups["main"], anchor=groups["main"].now)}
-            compiled = self.compiled and n == c.chunk and not uses_triton(next(iter(piece.values())))
-            step = compiled_step() if compiled else Memory._write_and_read
-            y, groups = step(self, piece, groups)
-            ys.append(y)
-            t += n
-        return torch.cat(ys, 2), groups
-
-    def _fused(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
-        """`_span` without gradients, in one launch of `kernels.memory_scan`."""
-        c = self.config
-        parts = [part for name in groups for part in self.groups[name]]
-        scales = [self.start[f"{part}_scale"] for part in parts] if c.self_values and c.value_norm else []
-        join = lambda layers: [torch.cat(layer, 2) for layer in zip(*layers)]  # copies
-        now, anchor = join(g.now for g in groups.values()), join(g.anchor for g in groups.values())
-        momentum = join(g.momentum for g in groups.values()) if c.momentum else None
-        y = memory_scan(
-            streams, now, momentum, anchor, t=t, chunk=c.chunk, chunk_proj=c.chunk_proj, adaptive=len(self.adaptive),
-            gates={name: (gate.read, gate.bias) for name, gate in self.gates.items() if name in self.adaptive},
-            scale=torch.cat(scales, 1) if scales else None, objective=c.objective, step=c.step, read=c.read,
-            self_values=c.self_values, qk_norm=c.qk_norm, norm=c.memory_norm, delta=c.rule == "dgd",
-        )  # fmt: skip
-        sizes = [g.now[0].shape[2] for g in groups.values()]
-        cut = lambda layers: zip(*(layer.split(sizes, 2) for layer in layers))
-        states = zip(cut(now), cut(momentum) if c.momentum else [None] * len(sizes), cut(anchor))
-        return y, {k: Weights(list(w), m and list(m), list(a)) for k, (w, m, a) in zip(groups, states)}
-
-    def _write_and_read(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
-        """Tokens that lie within one chunk: streams (b, h, c, e), gates (b, h, c) -> y (b, h, c, e), new groups."""
-        c, z = self.config, dict(streams)
-        if self.adaptive:
-            source = groups.get("proj", groups["main"]).anchor
-            reads = apply_memory([w[:, :, : len(self.adaptive)] for w in source], z["u"].unsqueeze(2), c.memory_norm)
-            for name, read in zip(self.adaptive, reads.unbind(2)):
-                if name in self.gates:
-                    read = GATES[name](self.gates[name](read))
-                z[name] = F.normalize(read, dim=-1) if c.qk_norm and name in "kq" else read
-        k, v, y, eta, alpha = (z[name].unsqueeze(2) for name in ("k", "v", "q", "eta", "alpha"))
-        theta = z["theta"].unsqueeze(2) if c.momentum else None
-        through = None if uses_triton(k) else chunk_gates(alpha, theta, ema=True)  # kernels make their own
-        new = {}
-        for name, group in groups.items():
-            value = v
-            if c.self_values:
-                value = apply_memory(group.anchor, v, c.memory_norm)
-                if c.value_norm:
-                    scale = torch.cat([self.start[f"{part}_scale"] for part in self.groups[name]], 1)
-                    value = scale * F.normalize(value, dim=-1)
-            query = y if name == "main" and c.read != "chunk" else None
-            now, momentum = [], []
-            gradients = inner_gradients(group.anchor, k, value, c.objective, c.memory_norm)
-            for layer, (x, Wx, grad) in enumerate(gradients):
-                step = eta / c.chunk if c.step == "mean" else eta
-                if c.step == "exact":
-                    step = eta / (1 + eta * x.square().sum(-1))
-                weights, m, query = dgd_chunk(
-                    group.now[layer], x, grad, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
-                    m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=through, readers=1,
-                    ema=True, MX=Wx if group.now[layer] is group.anchor[layer] else None,
-                )  # fmt: skip
-                now.append(weights)
-                momentum.append(m)
-                if query is not None and layer + 1 < c.depth:
-                    query = F.silu(query)
-            new[name] = Weights(now, momentum if c.momentum else None, group.anchor)
-        if query is None:
-            y = apply_memory([w[:, :, -1:] for w in groups["main"].anchor], y, c.memory_norm)
-        elif c.depth == 1:
-            y = query
-        else:
-            y = y + (F.layer_norm(query, query.shape[-1:]) if c.memory_norm else query)
-        return y.squeeze(2), new
-
-
-@cache
-def compiled_step() -> Callable:
-    """`Memory._write_and_read` compiled: one chunk, since a loop over chunks would be compiled for its length."""
-    return torch.compile(Memory._write_and_read, dynamic=False)
-
-
-def compile_parts(model: nn.Module) -> None:
-    """Compile what every call has in common: MLPs, and the step of a complete chunk of a memory.
-
-    The first calls take a minute. What is kept for the backward pass halves: what is cheap is computed again.
-    """
-    import torch._dynamo.config as dynamo  # takes a second
-    import torch._functorch.config as functorch
-
-    functorch.donated_buffer = False  # a segment's graph serves two backward passes
-    functorch.activation_memory_budget = 0.5
-    dynamo.recompile_limit = 64  # one for each shape, first chunk or later, with gradients or without
-    for module in model.modules():
-        if isinstance(module, MLP):
-            module.compile()
-        elif isinstance(module, Memory):
-            module.compiled = True
 
 
 class Gate(nn.Module):
@@ -716,24 +531,308 @@ class StaticGate(nn.Linear):
         return super().forward(x).mT
 
 
-class Attention(Memory):
+class SequenceLayer(nn.Module):
+    """What memories and attention have in common: a convolution in front, heads, a norm and a projection behind."""
+
+    def __init__(self, config: MemoryConfig):
+        super().__init__()
+        self.config = config
+        d, h, e = config.d_model, config.n_head, config.d_head
+        self.conv = nn.Conv1d(d, d, config.conv, groups=d, bias=False) if config.conv else None
+        self.to_y = nn.Linear(d, d, bias=config.bias) if config.project else None
+        self.y_norm = nn.Parameter(torch.ones(h, 1, e)) if config.project and config.y_norm else None
+
+    def _start_conv_as_identity(self) -> None:
+        if self.conv is not None:
+            nn.init.normal_(self.conv.weight, std=0.1)
+            with torch.no_grad():
+                self.conv.weight[:, 0, -1] += 1
+
+    def _empty_tail(self, b: int) -> Tensor | None:
+        if self.conv is None:
+            return None
+        return self.conv.weight.new_zeros(b, self.config.conv - 1, self.config.d_model)
+
+    def _heads(self, x: Tensor, to: nn.Linear | None) -> Tensor:
+        return rearrange(x if to is None else to(x), "b t (h e) -> b h t e", e=self.config.d_head)
+
+    def _out(self, y: Tensor) -> Tensor:
+        """y: (b, h, t, e) -> (b, t, d)"""
+        if self.to_y is None:
+            return rearrange(y, "b h t e -> b t (h e)")
+        if self.y_norm is not None:
+            y = F.rms_norm(y, y.shape[-1:]) * self.y_norm
+        return self.to_y(rearrange(y, "b h t e -> b t (h e)").to(self.to_y.weight.dtype))
+
+
+def make_layer(config: MemoryConfig) -> Memory | Attention:
+    """The sequence layer that `config` describes: Attention where depth is 0, else a Memory."""
+    return Attention(config) if config.depth == 0 else Memory(config)
+
+
+class Memory(SequenceLayer):
+    """A sequence layer: in every head a memory that is written and read token by token.
+
+        Memory.preset("titans", d_model=256)        Memory(d_model=256, n_head=4, chunk=32)        Memory(config)
+
+    Reads (eq. 86):   k, v, eta, alpha = M_k(x), M_v(x), M_eta(x), M_alpha(x);   y = M(q);   q = W_q x
+    Writes (eq. 88):  each memory M_b moves by delta gradient descent on loss(M_b; k, M_b(v)), see `kernels.dgd_chunk`
+
+    where the names in `config.adaptive` are memories of their own and the rest static projections of x. Choices the
+    paper leaves open: heads; eta and alpha are scalars per head, read out of M_eta and M_alpha by a learnt vector;
+    the step that multiplies a layer's update is the minimiser of eq. 56 for that layer's input,
+    eta / (1 + eta |x|^2); momentum averages the inner gradient (weights theta and 1 - theta: with the gradient frozen
+    over a chunk, a sum would overshoot by 1 / (1 - theta)) and leaves the delta term alone; self-generated values are
+    l2-normalised and rescaled by a learnt factor, without which a model writes ever larger targets for itself.
+    """
+
+    def __init__(self, config: MemoryConfig | None = None, **settings: Any):
+        super().__init__(replace(config, **settings) if config else MemoryConfig(**settings))
+        c, d, h = self.config, self.config.d_model, self.config.n_head
+        require(
+            c.depth > 0, "depth is 0, which is softmax attention; use hope.make_layer or Memory.preset('attention')"
+        )
+        self.compiled = False  # whether complete chunks run through torch.compile, see `compile_parts`
+        self.adaptive = [name for name in ("k", "v", "q", "eta", "alpha") if name in c.adaptive]
+
+        def projection(needed: bool) -> nn.Linear | None:
+            return nn.Linear(d, d, bias=False) if needed else None
+
+        self.to_k, self.to_v, self.to_q = (projection(name not in c.adaptive) for name in "kvq")
+        self.to_u = projection(bool(c.adaptive) and c.project)
+        # A gate is bias + <read, M(x)> per head if adaptive, bias + W x if not. At the start: remember, learn slowly.
+        self.gates = nn.ModuleDict()
+        for name, present, bias in (
+            ("eta", c.step != "one", -2.0),
+            ("alpha", c.decay == "gate", 4.0),
+            ("theta", c.momentum, 0.0),
+        ):
+            if present:
+                self.gates[name] = Gate(h, c.d_head, bias) if name in c.adaptive else StaticGate(d, h, bias)
+        if c.decay == "fixed":
+            self.register_buffer("fixed_alpha", 1 - 2.0 ** -(5 + torch.arange(h)).view(h, 1), persistent=False)
+        self.start = nn.ParameterDict()
+        self.parts = ["proj", "main"] if self.adaptive else ["main"]
+        for part in self.parts:
+            self._make_start(part, len(self.adaptive) if part == "proj" else 1)
+        # Parts with one clock are run together, as one group, the main memory last: group -> its parts.
+        self.groups = {"main": self.parts} if c.chunk == c.chunk_proj else {part: [part] for part in self.parts}
+        self._start_conv_as_identity()
+
+    @staticmethod
+    def preset(name: str, **overrides: Any) -> Memory | Attention:
+        """The layer called `name` in `MemoryConfig.PRESETS`, with any field overridden."""
+        return make_layer(MemoryConfig.preset(name, **overrides))
+
+    def _make_start(self, part: str, n: int) -> None:
+        """Start states of n memories side by side."""
+        h, e, hidden = self.config.n_head, self.config.d_head, self.config.expand * self.config.d_head
+        if self.config.depth == 1:
+            self.start[f"{part}_0"] = nn.Parameter(torch.zeros(h, n, e, e))
+        else:
+            self.start[f"{part}_0"] = nn.Parameter(torch.randn(h, n, hidden, e) / math.sqrt(e))
+            self.start[f"{part}_1"] = nn.Parameter(torch.randn(h, n, e, hidden) / math.sqrt(hidden) * 0.3)
+        if self.config.self_values and self.config.value_norm:
+            self.start[f"{part}_scale"] = nn.Parameter(torch.ones(h, n, 1, 1))
+
+    def start_weights(self, part: str) -> list[Tensor]:
+        """Start states of a part's layers, each (h, n, o, i)."""
+        return [self.start[f"{part}_{layer}"] for layer in range(self.config.depth)]
+
+    def _value_scale(self, group: str) -> Tensor | None:
+        """(h, n, 1, 1) what the self-generated values of a group are multiplied by."""
+        if not (self.config.self_values and self.config.value_norm):
+            return None
+        return torch.cat([self.start[f"{part}_scale"] for part in self.groups[group]], 1)
+
+    def _init_group(self, group: str, b: int) -> Weights | None:
+        if group not in self.groups:
+            return None
+        layers = zip(*(self.start_weights(part) for part in self.groups[group]))
+        now = [torch.cat(layer, 1).expand(b, -1, -1, -1, -1) for layer in layers]
+        return Weights(now, [torch.zeros_like(w) for w in now] if self.config.momentum else None, now)
+
+    def init_state(self, b: int) -> MemoryState:
+        """The state of b sequences before their first token."""
+        return MemoryState(0, self._empty_tail(b), self._init_group("proj", b), self._init_group("main", b))
+
+    def restart_graph(self, state: MemoryState) -> MemoryState:
+        """The same state as values, as a detached change of the start state: gradients reach that and nothing else."""
+        graft = lambda now, start: now.detach() + (start - start.detach())
+        return map_state(graft, state, self.init_state(state.main.now[0].shape[0]))
+
+    def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+        """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
+        state = state or self.init_state(x.shape[0])
+        if x.shape[1] == 0:
+            return torch.zeros_like(x), state
+        x, tail = causal_conv(self.conv, x, state.tail)
+        streams = self._streams(x, state.t)
+        groups = {name: getattr(state, name) for name in self.groups}
+        with torch.autocast(x.device.type, enabled=False):
+            y, groups = self._scan(streams, groups, state.t)
+        return self._out(y), MemoryState(state.t + x.shape[1], tail, groups.get("proj"), groups["main"])
+
+    def _streams(self, x: Tensor, t: int) -> dict[str, Tensor]:
+        """What no memory has a part in, all tokens at once: u, k, v, q (b, h, t, e); eta, alpha, theta (b, h, t)."""
+        c, streams = self.config, {}
+        if self.adaptive:
+            streams["u"] = self._heads(x, self.to_u)
+        for name, to in (("k", self.to_k), ("v", self.to_v), ("q", self.to_q)):
+            if name not in self.adaptive:
+                streams[name] = self._heads(x, to)
+        for name in ("u", "k", "q"):  # in this order, so that gradients are summed alike in every process
+            if name in streams and c.qk_norm:
+                streams[name] = F.normalize(streams[name], dim=-1)
+            if name in streams and c.rotary and name != "u":
+                streams[name] = rotate(streams[name], t, c.rope_theta)
+        for name, gate in self.gates.items():
+            if name not in self.adaptive:
+                streams[name] = GATES[name](gate(x))
+        streams = {name: in_float32(z) for name, z in streams.items()}
+        some = next(iter(streams.values()))
+        ones = some.new_ones(some.shape[:3])
+        if c.step == "one":
+            streams["eta"] = ones
+        if c.decay != "gate":
+            streams["alpha"] = ones * self.fixed_alpha.to(ones) if c.decay == "fixed" else ones
+        return streams
+
+    def _scan(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
+        """Tokens from time t on: in one launch, or in spans whose inner states the backward pass recomputes."""
+        c, some = self.config, next(iter(streams.values()))
+        if scans(some, c.d_head):
+            return self._launch(streams, groups, t)
+        lengths = piece_lengths(0, some.shape[2], [c.remat * c.chunk] if c.remat else [])
+        spans, ys = cut_streams(streams, lengths), []
+        for i, (n, span) in enumerate(zip(lengths, spans)):
+            # The last span's graph is needed first, and is no larger than the one recomputed after it.
+            if i + 1 < len(spans) and torch.is_grad_enabled():
+                y, groups = checkpoint(self._span, span, groups, t, use_reentrant=False)
+            else:
+                y, groups = self._span(span, groups, t)
+            ys.append(y)
+            t += n
+        return torch.cat(ys, 2), groups
+
+    def _span(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
+        """Any number of tokens from time t on: streams (b, h, s, e), gates (b, h, s) -> y (b, h, s, e), new groups."""
+        clocks, ys = {"proj": self.config.chunk_proj, "main": self.config.chunk}, []
+        some = next(iter(streams.values()))
+        lengths = piece_lengths(t, some.shape[2], list(clocks.values()))
+        for n, piece in zip(lengths, cut_streams(streams, lengths)):
+            for name, group in groups.items():
+                if t % clocks[name] == 0:
+                    groups = {**groups, name: replace(group, anchor=group.now)}
+            compiled = self.compiled and n == self.config.chunk and not uses_triton(some)
+            step = compiled_step() if compiled else Memory._write_and_read
+            y, groups = step(self, piece, groups)
+            ys.append(y)
+            t += n
+        return torch.cat(ys, 2), groups
+
+    def _launch(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
+        """`_span` without gradients, in one launch of `kernels.memory_scan`, which writes to copies of the groups."""
+        c = self.config
+        joined = map_state(lambda *parts: torch.cat(parts, 2), *groups.values())
+        scales = [self._value_scale(name) for name in groups]
+        y = memory_scan(
+            streams, joined.now, joined.momentum, joined.anchor, t=t, chunk=c.chunk, chunk_proj=c.chunk_proj,
+            gates={name: (gate.read, gate.bias) for name, gate in self.gates.items() if name in self.adaptive},
+            scale=None if scales[0] is None else torch.cat(scales, 1), adaptive=len(self.adaptive),
+            objective=c.objective, step=c.step, read=c.read, self_values=c.self_values, qk_norm=c.qk_norm,
+            norm=c.memory_norm, delta=c.rule == "dgd",
+        )  # fmt: skip
+        new, begin = {}, 0
+        for name, group in groups.items():
+            part = slice(begin, begin + group.now[0].shape[2])
+            new[name] = map_state(lambda w: w[:, :, part], joined)
+            begin = part.stop
+        return y, new
+
+    def _write_and_read(self, streams: dict[str, Tensor], groups: dict[str, Weights]) -> tuple[Tensor, dict]:
+        """Tokens that lie within one chunk: streams (b, h, c, e), gates (b, h, c) -> y (b, h, c, e), new groups."""
+        c = self.config
+        if self.adaptive:
+            streams = {**streams, **self._adaptive_reads(streams["u"], groups.get("proj", groups["main"]).anchor)}
+        k, v, q, eta, alpha = (streams[name].unsqueeze(2) for name in ("k", "v", "q", "eta", "alpha"))
+        theta = streams["theta"].unsqueeze(2) if c.momentum else None
+        gates = None if uses_triton(k) else chunk_gates(alpha, theta, ema=True)  # kernels make their own
+        written, inner_read = {}, None
+        for name, group in groups.items():
+            query = q if name == "main" and c.read != "chunk" else None
+            now, momentum = [], []
+            gradients = inner_gradients(group.anchor, k, self._values(name, group, v), c.objective, c.memory_norm)
+            for layer, (x, Wx, gradient) in enumerate(gradients):
+                step = eta / c.chunk if c.step == "mean" else eta
+                if c.step == "exact":
+                    step = eta / (1 + eta * x.square().sum(-1))
+                weights, m, query = dgd_chunk(
+                    group.now[layer], x, gradient, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
+                    m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=gates, readers=1,
+                    ema=True, MX=Wx if group.now[layer] is group.anchor[layer] else None,
+                )  # fmt: skip
+                now.append(weights)
+                momentum.append(m)
+                if query is not None and layer + 1 < c.depth:
+                    query = F.silu(query)
+            written[name] = Weights(now, momentum if c.momentum else None, group.anchor)
+            inner_read = query
+        if c.read == "chunk":
+            y = apply_memory([w[:, :, -1:] for w in groups["main"].anchor], q, c.memory_norm)
+        elif c.depth == 1:
+            y = inner_read
+        else:
+            y = q + (F.layer_norm(inner_read, inner_read.shape[-1:]) if c.memory_norm else inner_read)
+        return y.squeeze(2), written
+
+    def _adaptive_reads(self, u: Tensor, anchor: list[Tensor]) -> dict[str, Tensor]:
+        """What the adaptive memories answer to u (b, h, c, e): k, v, q as u, eta and alpha (b, h, c)."""
+        reads = apply_memory([w[:, :, : len(self.adaptive)] for w in anchor], u.unsqueeze(2), self.config.memory_norm)
+        found = dict(zip(self.adaptive, reads.unbind(2)))
+        for name, read in found.items():
+            if name in self.gates:
+                found[name] = GATES[name](self.gates[name](read))
+            elif name != "v" and self.config.qk_norm:
+                found[name] = F.normalize(read, dim=-1)
+        return found
+
+    def _values(self, name: str, group: Weights, v: Tensor) -> Tensor:
+        """What a group's memories are written with: v (b, h, 1, c, e), or each with its own value (b, h, n, c, e)."""
+        if not self.config.self_values:
+            return v
+        own, scale = apply_memory(group.anchor, v, self.config.memory_norm), self._value_scale(name)  # eq. 84
+        return own if scale is None else scale * F.normalize(own, dim=-1)
+
+
+@cache
+def compiled_step() -> Callable:
+    """`Memory._write_and_read` compiled: one chunk, since a loop over chunks would be compiled for its length."""
+    return torch.compile(Memory._write_and_read, dynamic=False)
+
+
+class Attention(SequenceLayer):
     """Softmax attention (eq. 62): the memory without parameters, whose state is every key and value it has seen.
 
     Rotary positions, normalised queries and keys, `n_kv_head` heads of keys and values; with `window` it sees only that
     many tokens, itself included (eq. 63).
     """
 
-    def _init_parts(self) -> None:
-        c, d, h = self.config, self.config.d_model, self.config.n_head
-        self.n_kv = c.n_kv_head or h
-        self.to_k, self.to_v, self.to_q = (nn.Linear(d, n * c.d_head, bias=c.bias) for n in (self.n_kv, self.n_kv, h))
-        self.scale = nn.Parameter(torch.full((h, 1, 1), 10.0 if c.qk_norm else c.d_head**-0.5))
+    def __init__(self, config: MemoryConfig):
+        super().__init__(config)
+        d, h, e = config.d_model, config.n_head, config.d_head
+        self.n_kv = config.n_kv_head or h
+        self.to_k, self.to_v, self.to_q = (nn.Linear(d, n * e, bias=config.bias) for n in (self.n_kv, self.n_kv, h))
+        self.scale = nn.Parameter(torch.full((h, 1, 1), 10.0 if config.qk_norm else e**-0.5))
+        self._start_conv_as_identity()
 
     def init_state(self, b: int) -> AttentionState:
+        """The state of b sequences before their first token."""
         empty = self.to_k.weight.new_zeros(b, self.n_kv, 0, self.config.d_head)
         return AttentionState(0, self._empty_tail(b), empty, empty, empty.new_zeros(b, dtype=torch.long))
 
     def restart_graph(self, state: AttentionState) -> AttentionState:
+        """The same state as values."""
         return map_state(Tensor.detach, state)
 
     def forward(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
@@ -748,16 +847,18 @@ class Attention(Memory):
         if c.rotary:
             q, k = rotate(q, state.t, c.rope_theta), rotate(k, state.t, c.rope_theta)
         k, v = torch.cat([state.k.to(k.dtype), k], 2), torch.cat([state.v.to(v.dtype), v], 2)
-        key = torch.arange(k.shape[2], device=x.device)
-        now = key[k.shape[2] - q.shape[2] :, None]
-        seen = (key <= now) & (key > now - c.window) if c.window else key <= now
-        plain = q.shape[2] == k.shape[2] and not c.window
+        keys, queries = k.shape[2], q.shape[2]
+        key = torch.arange(keys, device=x.device)
+        query = key[keys - queries :, None]
+        seen = (key <= query) & (key > query - c.window) if c.window else key <= query
         if state.cut:
-            plain, seen = False, seen & (key >= state.first[:, None, None, None])
-        mask, gqa, first = None if plain else seen, self.n_kv != c.n_head, state.first
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=1.0, enable_gqa=gqa)
+            seen = seen & (key >= state.first[:, None, None, None])
+        causal, gqa = queries == keys and not c.window and not state.cut, self.n_kv != c.n_head
+        mask = None if causal else seen
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=gqa)
+        first = state.first
         if c.window:
-            first = (first - max(0, k.shape[2] - c.window)).clamp(min=0)
+            first = (first - max(0, keys - c.window)).clamp(min=0)
             k, v = k[:, :, -c.window :], v[:, :, -c.window :]
         return self._out(y), AttentionState(state.t + x.shape[1], tail, k, v, first, state.cut)
 
@@ -794,6 +895,11 @@ class MLP(nn.Module):
         self.w_in = FastLinear(d, 2 * hidden if self.kind == "swiglu" else hidden, bias=config.mlp_bias)
         self.w_out = FastLinear(hidden, d, bias=config.mlp_bias)
 
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The weights that a CMS may write."""
+        return self.w_in.weight, self.w_out.weight
+
     def forward(self, x: Tensor, delta: Sequence[Tensor] | None = None) -> Tensor:
         d_in, d_out = delta or (None, None)
         z = self.w_in(self.norm(x), d_in)
@@ -809,7 +915,7 @@ class CMS(nn.Module):
     """Continuum memory system: MLPs, block l written every C_l tokens (eqs. 70 to 74).
 
     A block with finite C_l is a fast weight, theta + delta with one delta per sequence. `write` moves it by the sum of
-    the chunk's gradients of the task loss, divided by C_l so that rates compare across levels. C_l = inf is a plain MLP.
+    the chunk's gradients of the task loss, divided by C_l so that rates compare across levels. C_l = inf: an MLP.
     Wired in a chain (sequential), side by side (independent: the changes that the blocks make are added), or nested: a
     chain in which a block falls back to its start state when the next slower block's chunk ends, and that start state
     itself moves by the gradients of the slower chunk.
@@ -819,36 +925,26 @@ class CMS(nn.Module):
         super().__init__()
         self.chunks, self.wiring = config.cms, config.wiring
         self.levels = nn.ModuleList(MLP(config) for _ in config.cms)
-        self.start_rates = config.rates
+        self.written = config.written  # places of the levels that are written in context
+        self.start_rates = [config.rates[i] for i in self.written]
+        # Nested wiring: the level at whose chunk's end one restarts, the next slower of those that are written.
+        self.slower = dict(zip(self.written, self.written[1:])) if config.wiring == "nested" else {}
         # Learnt and bounded: rates grow at most twofold, since a far too large one destroys what was learnt.
-        zero = torch.zeros(len(config.clocks))
-        self.raw_rates = nn.Parameter(zero) if config.learn_rates and config.clocks else None
-
-    @property
-    def fast(self) -> list[bool]:
-        """Which levels are written in context."""
-        return [rate > 0 for rate in self.start_rates]
+        self.raw_rates = nn.Parameter(torch.zeros(len(self.written))) if config.learn_rates and self.written else None
 
     def rates(self) -> list[Tensor]:
-        """Step size of every in-context level, per mean gradient of its chunk."""
-        start = [rate for rate in self.start_rates if rate > 0]
+        """Step size of every level that is written in context, per mean gradient of its chunk."""
         if self.raw_rates is None:
-            return [torch.tensor(rate) for rate in start]
-        return [2 * rate * torch.sigmoid(raw) for rate, raw in zip(start, self.raw_rates)]
-
-    def _slower(self) -> list[int | None]:
-        """For every level the one at whose chunk's end it restarts: in nested wiring, the next slower in-context level."""
-        if self.wiring != "nested":
-            return [None] * len(self.chunks)
-        return [next((j for j in range(i + 1, len(self.fast)) if self.fast[j]), None) for i in range(len(self.fast))]
+            return [torch.tensor(rate) for rate in self.start_rates]
+        return [2 * rate * torch.sigmoid(raw) for rate, raw in zip(self.start_rates, self.raw_rates)]
 
     def init_state(self, b: int) -> list[FastMLP | None]:
-        state: list[FastMLP | None] = []
-        for level, fast, slower in zip(self.levels, self.fast, self._slower()):
-            weights = (level.w_in.weight, level.w_out.weight)
+        """Of every level the change in b sequences, 0 at first; None where none is written."""
+        state: list[FastMLP | None] = [None] * len(self.levels)
+        for i in self.written:
             # In float32 at least: steps are small beside what they have added up to.
-            zeros = [w.new_zeros(b, *w.shape, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
-            state.append(FastMLP(zeros, zeros, *([zeros, zeros] if slower is not None else [])) if fast else None)
+            zeros = [in_float32(w.new_zeros(b, *w.shape)) for w in self.levels[i].matrices]
+            state[i] = FastMLP(zeros, zeros, zeros, zeros) if i in self.slower else FastMLP(zeros, zeros)
         return state
 
     def forward(self, x: Tensor, state: Sequence[FastMLP | None]) -> Tensor:
@@ -859,28 +955,19 @@ class CMS(nn.Module):
             x = level(x, fast and fast.delta)
         return x
 
-    def write(self, state: list[FastMLP | None], grads: list[list[Tensor] | None], t: int) -> list[FastMLP | None]:
-        """Add a segment's gradients; levels whose chunk ends at time t take their step (eq. 71)."""
-        learnt = iter(self.rates())
-        rates = [next(learnt) if fast else None for fast in self.fast]
-        add = lambda totals, grad: [a + g for a, g in zip(totals, grad)]
-        step = lambda weights, totals, i: [w - rates[i] / self.chunks[i] * a for w, a in zip(weights, totals)]
-        new: list[FastMLP | None] = []
-        for i, (fast, grad, slower) in enumerate(zip(state, grads, self._slower())):
-            if fast is None:
-                new.append(None)
-                continue
-            zeros = [torch.zeros_like(g) for g in grad]
-            fast = replace(fast, total=add(fast.total, grad))
-            if t % self.chunks[i] == 0:
-                fast = replace(fast, delta=step(fast.delta, fast.total, i), total=zeros)
-            if slower is not None:
-                fast = replace(fast, start_total=add(fast.start_total, grad))
-                if t % self.chunks[slower] == 0:
-                    start = step(fast.start, fast.start_total, slower)
-                    fast = FastMLP(start, zeros, start, zeros)
-            new.append(fast)
+    def write(self, state: list[FastMLP | None], gradients: list[list[Tensor]], t: int) -> list[FastMLP | None]:
+        """Add a segment's gradients, per level those of its two matrices; levels whose chunk ends at time t move."""
+        steps = {i: rate / self.chunks[i] for i, rate in zip(self.written, self.rates())}
+        new = list(state)
+        for i in self.written:
+            new[i] = self._write_level(i, state[i].add(gradients[i]), t, steps)
         return new
+
+    def _write_level(self, i: int, fast: FastMLP, t: int, steps: dict[int, Tensor]) -> FastMLP:
+        slower = self.slower.get(i)
+        if slower is not None and t % self.chunks[slower] == 0:
+            return fast.restart(steps[slower])
+        return fast.move(steps[i]) if t % self.chunks[i] == 0 else fast
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -888,15 +975,61 @@ class CMS(nn.Module):
 
 
 class Block(nn.Module):
+    """Block i of the model: a sequence layer, then a CMS."""
+
     def __init__(self, config: HopeConfig, i: int):
         super().__init__()
         self.norm = make_norm(config)
-        self.memory = Memory(config.layer(i))
+        self.memory = make_layer(config.layer(i))
         self.cms = CMS(config)
 
     def forward(self, x: Tensor, memory: Any, cms: list[FastMLP | None]) -> tuple[Tensor, Any]:
         y, memory = self.memory(self.norm(x), memory)
         return self.cms(x + y, cms), memory
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Compile what every call has in common: MLPs, and the step of a complete chunk of a memory.
+
+    The first calls take a minute. What is kept for the backward pass halves: what is cheap is computed again.
+    """
+    import torch._dynamo.config as dynamo  # takes a second
+    import torch._functorch.config as functorch
+
+    functorch.donated_buffer = False  # a segment's graph serves two backward passes
+    functorch.activation_memory_budget = 0.5
+    dynamo.recompile_limit = 64  # one for each shape, first chunk or later, with gradients or without
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.compile()
+        elif isinstance(module, Memory):
+            module.compiled = True
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How `Hope.observe` learns from a segment; see there."""
+
+    levels: Sequence[int] | None = None
+    surprise: float = 0.0
+    truncate: bool = False
+    scored: Tensor | None = None  # what parameter gradients are divided by, for those of a mean
+
+    def backward(self, losses: Tensor) -> None:
+        """Add to the gradients of all leaves that the losses hang on."""
+        total = losses.sum()
+        (total if self.scored is None else total / self.scored).backward()
+
+
+def own_deltas(state: list[FastMLP | None], detach: bool) -> list[FastMLP | None]:
+    """A CMS's state with deltas to which a gradient can be taken that reaches no further back; leaves with `detach`."""
+    own = lambda d: d.view_as(d) if d.requires_grad and not detach else d.detach().requires_grad_()
+    return [fast and replace(fast, delta=[own(d) for d in fast.delta]) for fast in state]
+
+
+def deltas_of(state: list[FastMLP | None]) -> list[Sequence[Tensor]]:
+    """Of every level its deltas, none where it is not written."""
+    return [fast.delta if fast else () for fast in state]
 
 
 class Hope(nn.Module):
@@ -934,12 +1067,11 @@ class Hope(nn.Module):
         Chunks go on by the batch's common clock. Raises ValueError inside a CMS segment or with a pending token, where
         a sequence cannot be reset without touching the others.
         """
-        if state.segment is not None or state.pending is not None:
-            clock = min(self.config.clocks, default=1)
-            raise ValueError(
-                f"reset after {state.observed} observed tokens, inside a CMS chunk or with a token pending; "
-                f"give targets to observe and reset at a multiple of {clock} tokens"
-            )
+        require(
+            state.segment is None and state.pending is None,
+            f"reset after {state.observed} observed tokens, inside a CMS chunk or with a token pending; give targets "
+            f"to observe and reset at a multiple of {min(self.config.clocks, default=1)} tokens",
+        )
         fresh, rows = self.init_state(1), torch.as_tensor(rows)
 
         def put(old: Tensor, new: Tensor) -> Tensor:
@@ -956,15 +1088,17 @@ class Hope(nn.Module):
         return replace(state, memories=memories, cms=map_state(put, state.cms, fresh.cms))
 
     def _run(self, tokens: Tensor, memories: list, cms: list) -> tuple[Tensor, list]:
+        """Logits (b, t, vocab_size) and the memories after the last token; the CMS is read as it stands."""
         x, new = self.embed(tokens), []
         if self.embed_position is not None:
             start, longest = memories[0].t, self.config.n_position
-            if start + tokens.shape[1] > longest:
-                raise ValueError(
-                    f"the stream reaches {start + tokens.shape[1]} tokens, but this model has learnt positions for "
-                    f"{longest}; start a new state there"
-                )
-            x = x + self.embed_position.weight[start : start + tokens.shape[1]]
+            end = start + tokens.shape[1]
+            require(
+                end <= longest,
+                f"the stream reaches {end} tokens, but this model has learnt positions for {longest}; "
+                "start a new state there",
+            )
+            x = x + self.embed_position.weight[start:end]
         for block, memory, fast in zip(self.blocks, memories, cms):
             if self.recompute and torch.is_grad_enabled():
                 x, memory = checkpoint(block, x, memory, fast, use_reentrant=False, preserve_rng_state=False)
@@ -974,9 +1108,11 @@ class Hope(nn.Module):
         x = self.norm(x)
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x), new
 
-    def _check(self, tokens: Tensor, state: HopeState | None) -> HopeState:
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise ValueError(f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}; give integers (batch, time)")
+    def _begin(self, tokens: Tensor, state: HopeState | None) -> HopeState:
+        require(
+            tokens.dim() == 2 and not tokens.is_floating_point(),
+            f"tokens are {tokens.dtype} of shape {tuple(tokens.shape)}; give integers (batch, time)",
+        )
         return state or self.init_state(tokens.shape[0])
 
     def forward(self, tokens: Tensor, state: HopeState | None = None) -> tuple[Tensor, HopeState]:
@@ -984,34 +1120,22 @@ class Hope(nn.Module):
 
         tokens: (b, t) integers. Returns logits (b, t, vocab_size) and the state.
         """
-        state = self._check(tokens, state)
-        if state.pending is not None:
-            raise ValueError(
-                "this state has a pending token from observe; continue with observe, or pass targets to it"
-            )
-        state = self._close_segment(state)
+        state = self._begin(tokens, state)
+        require(
+            state.pending is None,
+            "this state has a pending token from observe; continue with observe, or pass targets to it",
+        )
+        if state.segment is not None:  # bank its gradient, so that tokens which are not observed may follow
+            _, _, cms = self._learn(state.segment, state.segment.tokens.shape[1], state.cms, state.observed, Lesson())
+            state = replace(state, cms=cms, segment=None)
         logits, memories = self._run(tokens, state.memories, state.cms)
         return logits, replace(state, memories=memories)
 
-    def _close_segment(self, state: HopeState) -> HopeState:
-        """Bank the gradient of an open segment, so that tokens which are not observed may follow."""
-        if state.segment is None:
-            return state
-        open, none = state.segment, state.segment.tokens[:, :0]
-        _, _, cms = self._segment(open, none, none, state.cms, state.observed)
-        return replace(state, cms=cms, segment=None)
-
     def observe(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        state: HopeState | None = None,
-        backward: bool = False,
-        reduction: Literal["mean", "none"] = "mean",
-        levels: Sequence[int] | None = None,
-        surprise: float = 0.0,
+        self, tokens: Tensor, targets: Tensor | None = None, state: HopeState | None = None, backward: bool = False,
+        reduction: Literal["mean", "none"] = "mean", levels: Sequence[int] | None = None, surprise: float = 0.0,
         truncate: bool = False,
-    ) -> tuple[Tensor, HopeState]:
+    ) -> tuple[Tensor, HopeState]:  # fmt: skip
         """Read a stream and learn from it: memories are written, and so is the CMS, by its own prediction errors.
 
         The stream is cut wherever a level's chunk ends. After each segment, every level adds the gradient of the
@@ -1027,114 +1151,109 @@ class Hope(nn.Module):
             levels: which in-context levels of the CMS learn, by their place in `config.cms`; all if left out.
             surprise: only segments whose mean loss exceeds this many nats per token teach, for each sequence by itself.
             truncate: with `backward`, go back through each segment by itself as soon as it is read, so that memory does
-                not grow with the stream. Start states of memories learn from every segment, as if it had begun with
-                them; what a write did for later segments, and so the learnt rates of the CMS, get no gradient.
+                not grow with the stream and one pass serves parameters and CMS. Start states of memories learn from
+                every segment, as if it had begun with them; what a write did for later segments, and so the learnt
+                rates of the CMS, get no gradient.
         """
-        if truncate and not backward:
-            raise ValueError("truncate=True is about the backward pass; set backward=True as well")
-        if reduction not in ("mean", "none"):
-            raise ValueError(f"reduction is {reduction!r}; allowed: mean, none")
-        state = self._check(tokens, state)
-        able = [i for i, rate in enumerate(self.config.rates) if rate > 0]
-        if unable := set(levels or ()) - set(able):
-            raise ValueError(f"levels {sorted(unable)} of the CMS do not learn in context; those that do: {able}")
+        require(backward or not truncate, "truncate=True is about the backward pass; set backward=True as well")
+        require(reduction in ("mean", "none"), f"reduction is {reduction!r}; allowed: mean, none")
+        able = self.config.written
+        unable = set(levels or ()) - set(able)
+        require(not unable, f"levels {sorted(unable)} of the CMS do not learn in context; those that do: {able}")
+        state = self._begin(tokens, state)
         if targets is None:
             if state.pending is not None:
                 tokens = torch.cat([state.pending, tokens], 1)
             state = replace(state, pending=tokens[:, -1:])
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
-        elif state.pending is not None:
-            raise ValueError("this state has a pending token from observe without targets; go on without targets")
-        losses, s, scored = [], 0, (targets != -100).sum().clamp(min=1)
-        while s < tokens.shape[1]:
-            n = min([tokens.shape[1] - s, *(c - state.observed % c for c in self.config.clocks)])
-            loss, state = self._observe_piece(tokens[:, s : s + n], targets[:, s : s + n], state, levels, surprise)
-            if truncate:
-                with torch.autocast(tokens.device.type, enabled=False):
-                    (loss.sum() / (scored if reduction == "mean" else 1)).backward()
-                loss, state = loss.detach(), self._restart_graph(state)
+        else:
+            require(
+                state.pending is None,
+                "this state has a pending token from observe without targets; go on without targets",
+            )
+        scored = (targets != -100).sum().clamp(min=1)
+        lesson = Lesson(levels, surprise, truncate, scored if reduction == "mean" else None)
+        losses, lengths = [], piece_lengths(state.observed, tokens.shape[1], self.config.clocks)
+        for piece in zip(tokens.split(lengths, 1), targets.split(lengths, 1)):
+            loss, state = self._observe_piece(*piece, state, lesson)
             losses.append(loss)
-            s += n
         loss = torch.cat(losses, 1) if losses else tokens.new_zeros(tokens.shape, dtype=self.embed.weight.dtype)
         if reduction == "mean":
             loss = loss.sum() / scored
-        if backward:
-            if not truncate:
-                loss.sum().backward()
-            loss, state = loss.detach(), state.detach()
-        return loss, state
+        if backward and not truncate:
+            loss.sum().backward()
+        return (loss.detach(), state.detach()) if backward else (loss, state)
+
+    def _observe_piece(
+        self, tokens: Tensor, targets: Tensor, state: HopeState, lesson: Lesson
+    ) -> tuple[Tensor, HopeState]:
+        """Tokens (b, s) that lie within one segment -> their losses (b, s) and the state."""
+        observed, segment = state.observed + tokens.shape[1], state.segment
+        if self.config.clocks:
+            before = 0 if segment is None else segment.tokens.shape[1]
+            segment = (segment or Segment(tokens[:, :0], targets[:, :0], state.memories)).extend(tokens, targets)
+        if any(observed % clock == 0 for clock in self.config.clocks):
+            losses, memories, cms = self._learn(segment, before, state.cms, observed, lesson)
+            segment = None
+        else:
+            logits, memories = self._run(tokens, state.memories, state.cms)
+            losses, cms = token_loss(logits, targets), state.cms
+            if lesson.truncate:
+                with torch.autocast(tokens.device.type, enabled=False):
+                    lesson.backward(losses)
+        state = replace(state, memories=memories, cms=cms, observed=observed, segment=segment)
+        return (losses.detach(), self._restart_graph(state)) if lesson.truncate else (losses, state)
 
     def _restart_graph(self, state: HopeState) -> HopeState:
         """The same state as values, with memories that hang on their start states once more and on nothing else."""
-        restart = lambda memories: [b.memory.restart_graph(m) for b, m in zip(self.blocks, memories)]
+        restart = lambda memories: [block.memory.restart_graph(m) for block, m in zip(self.blocks, memories)]
         segment = state.segment and replace(state.segment, memories=restart(state.segment.memories))
         return replace(state.detach(), memories=restart(state.memories), segment=segment)
 
-    def _observe_piece(
-        self, tokens: Tensor, targets: Tensor, state: HopeState, levels: Sequence[int] | None, surprise: float
-    ) -> tuple[Tensor, HopeState]:
-        """Tokens that lie within one segment."""
-        observed, clocks = state.observed + tokens.shape[1], self.config.clocks
-        open = state.segment or Segment(tokens[:, :0], targets[:, :0], state.memories)
-        if all(observed % c for c in clocks):
-            logits, memories = self._run(tokens, state.memories, state.cms)
-            open = Segment(torch.cat([open.tokens, tokens], 1), torch.cat([open.targets, targets], 1), open.memories)
-            state = replace(state, memories=memories, observed=observed, segment=open if clocks else None)
-            return token_loss(logits, targets), state
-        loss, memories, cms = self._segment(open, tokens, targets, state.cms, observed, levels, surprise)
-        return loss, replace(state, memories=memories, cms=cms, observed=observed, segment=None)
-
-    def _segment(
-        self,
-        open: Segment,
-        tokens: Tensor,
-        targets: Tensor,
-        cms: list,
-        t: int,
-        levels: Sequence[int] | None = None,
-        surprise: float = 0.0,
+    def _learn(
+        self, segment: Segment, before: int, cms: list[list[FastMLP | None]], t: int, lesson: Lesson
     ) -> tuple[Tensor, list, list[list[FastMLP | None]]]:
-        """Run an open segment's tokens and those that follow, and write the CMS at time t.
+        """Run a segment and write the CMS with its gradient, at time t.
 
-        The gradient reaches back to the segment's start and no further: it is taken to deltas made fresh for it.
+        That gradient reaches back to the segment's start and no further: it is taken to deltas made fresh for it. Where
+        the segment's parameter gradients are wanted at once (`truncate`), one pass yields both, unless the first
+        `before` of its tokens were observed by an earlier call, which has gone back through their losses already.
+        Returns losses of the other tokens, the memories after the last one, and the CMS.
         """
-        graph = torch.is_grad_enabled()
-        full = graph and self.config.inner_grad == "full"
+        keep_graph = torch.is_grad_enabled()
+        full = keep_graph and self.config.inner_grad == "full" and not lesson.truncate
         with torch.enable_grad():
-            leaf = lambda d: d.view_as(d) if d.requires_grad else d.detach().requires_grad_()
-            fresh = [[f and replace(f, delta=[leaf(d) for d in f.delta]) for f in layer] for layer in cms]
-            logits, memories = self._run(torch.cat([open.tokens, tokens], 1), open.memories, fresh)
-            targets = torch.cat([open.targets, targets], 1)
-            loss = token_loss(logits, targets)
-            deltas = [d for layer in fresh for f in layer if f for d in f.delta]
-            teaches = loss.detach().sum(1) > surprise * (targets != -100).sum(1)
-            taught = (loss * teaches[:, None]).sum()
-            with torch.autocast(tokens.device.type, enabled=False):
-                grads = iter(torch.autograd.grad(taught, deltas, retain_graph=graph, create_graph=full))
-        loss = loss[:, open.tokens.shape[1] :]
+            fresh = [own_deltas(state, detach=lesson.truncate) for state in cms]
+            logits, memories = self._run(segment.tokens, segment.memories, fresh)
+            losses = token_loss(logits, segment.targets)
+            deltas, layout = tree_flatten([deltas_of(state) for state in fresh])
+            with torch.autocast(logits.device.type, enabled=False):
+                if lesson.truncate and before == 0:
+                    lesson.backward(losses)
+                    found = [d.grad if lesson.scored is None else d.grad * lesson.scored for d in deltas]
+                else:
+                    found = torch.autograd.grad(losses.sum(), deltas, retain_graph=keep_graph, create_graph=full)
+                    if lesson.truncate:
+                        lesson.backward(losses[:, before:])
+        if lesson.surprise:  # sequences share nothing, so a gradient of the sum is each sequence's own
+            teaches = losses.detach().sum(1) > lesson.surprise * (segment.targets != -100).sum(1)
+            found = [g * teaches[:, None, None] for g in found]
         new = []
-        for block, layer in zip(self.blocks, fresh):
-            found = [f and [next(grads) for _ in f.delta] for f in layer]
-            if levels is not None:
-                found = [f and [g * (i in levels) for g in f] for i, f in enumerate(found)]
-            new.append(block.cms.write(layer, found, t))
-        if not graph:
-            loss, memories, new = (map_state(Tensor.detach, z) for z in (loss, memories, new))
-        return loss, memories, new
+        for block, state, gradients in zip(self.blocks, fresh, tree_unflatten(found, layout)):
+            for i in [] if lesson.levels is None else set(block.cms.written) - set(lesson.levels):
+                gradients[i] = map_state(torch.zeros_like, gradients[i])
+            new.append(block.cms.write(state, gradients, t))
+        losses = losses[:, before:]
+        if not keep_graph:
+            losses, memories, new = (map_state(Tensor.detach, z) for z in (losses, memories, new))
+        return losses, memories, new
 
     @torch.no_grad()
     def generate(
-        self,
-        tokens: Tensor | Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        state: HopeState | None = None,
-        stop: Sequence[int] = (),
-        memorize: bool | Sequence[int] = True,
-        surprise: float = 0.0,
-    ) -> Tensor:
+        self, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0,
+        top_k: int | None = None, top_p: float | None = None, state: HopeState | None = None, stop: Sequence[int] = (),
+        memorize: bool | Sequence[int] = True, surprise: float = 0.0,
+    ) -> Tensor:  # fmt: skip
         """Continue prompts by sampled tokens.
 
         The prompt is observed, so the CMS learns from it; what the model says itself is only read.
@@ -1145,53 +1264,53 @@ class Hope(nn.Module):
             top_k, top_p: sample among that many of the likeliest tokens, or the fewest with that much probability.
             state: continue from here; the prompts must then be of one length.
             stop: tokens after which a sequence is finished.
-            memorize: whether the CMS learns from the prompt, or which of its levels do; see `observe`, also for surprise.
+            memorize: whether the CMS learns from the prompt, or which of its levels; see `observe`, also for surprise.
 
         Returns:
             (b, max_new_tokens) new tokens; a finished sequence is filled up with its stop token.
         """
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(
-                f"temperature {temperature}, top_k {top_k}, top_p {top_p}; "
-                "allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1"
-            )
+        require(
+            temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1),
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}; "
+            "allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1",
+        )
         device = self.embed.weight.device
         if not isinstance(tokens, Tensor):
             # Prompts of one length run together; others cannot join, since their chunks would end at other times.
-            rows: dict[int, list[int]] = {}
+            how = dict(temperature=temperature, top_k=top_k, top_p=top_p, state=state, stop=stop, memorize=memorize)
+            rows_of: dict[int, list[int]] = {}
             for i, prompt in enumerate(tokens):
-                rows.setdefault(len(prompt), []).append(i)
-            if state is not None and len(rows) > 1:
-                raise ValueError(
-                    f"a state continues prompts of one length, not of {sorted(rows)}; generate for each by itself"
-                )
+                rows_of.setdefault(len(prompt), []).append(i)
+            require(
+                state is None or len(rows_of) <= 1,
+                f"a state continues prompts of one length, not of {sorted(rows_of)}; generate for each by itself",
+            )
             new = torch.empty(len(tokens), max_new_tokens, dtype=torch.long, device=device)
-            for group in rows.values():
-                batch = torch.stack([torch.as_tensor(tokens[i], dtype=torch.long, device=device) for i in group])
-                new[group] = self.generate(
-                    batch, max_new_tokens, temperature, top_k, top_p, state, stop, memorize, surprise
-                )
+            for rows in rows_of.values():
+                batch = torch.stack([torch.as_tensor(tokens[i], dtype=torch.long, device=device) for i in rows])
+                new[rows] = self.generate(batch, max_new_tokens, surprise=surprise, **how)
             return new
-        if tokens.shape[1] == 0 and (state is None or state.pending is None):
-            raise ValueError("the prompt is empty; give at least one token")
+        continued = state is not None and state.pending is not None
+        require(tokens.shape[1] > 0 or continued, "the prompt is empty; give at least one token")
         levels = {True: None, False: []}[memorize] if isinstance(memorize, bool) else memorize
         _, state = self.observe(tokens, state=state, levels=levels, surprise=surprise)
-        new, done = [state.pending], torch.zeros_like(state.pending, dtype=torch.bool)
+        said, done = [state.pending], torch.zeros_like(state.pending, dtype=torch.bool)
+        stop = torch.tensor(list(stop), device=device, dtype=torch.long)
         state = replace(state, pending=None, segment=None)  # nothing more is observed
         for _ in range(max_new_tokens):
-            logits, state = self(new[-1], state)
-            new.append(torch.where(done, new[-1], sample(logits[:, -1], temperature, top_k, top_p)))
-            done |= torch.isin(new[-1], torch.tensor(list(stop), device=device, dtype=torch.long))
+            logits, state = self(said[-1], state)
+            said.append(torch.where(done, said[-1], sample(logits[:, -1], temperature, top_k, top_p)))
+            done |= torch.isin(said[-1], stop)
             if done.all():
-                new += [new[-1]] * (max_new_tokens + 1 - len(new))
+                said += [said[-1]] * (max_new_tokens + 1 - len(said))
                 break
-        return torch.cat(new[1:], 1)
+        return torch.cat(said[1:], 1)
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of every token in nats, 0 where the target is -100. (b, t, vocab), (b, t) -> (b, t)"""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    losses = F.cross_entropy(in_float32(logits).flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -1207,7 +1326,37 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Level stacking
+# Models from files
+
+
+def load(folder: str | Path) -> Hope:
+    """The model of a run of train.py, by its newest checkpoint, or of an export; on the CPU, to read with or to go on.
+
+    Where the run keeps averaged weights (`--ema`) they are those of the model. ValueError for any other folder.
+    Nothing is unpickled. Whether files were altered is for `train.py --resume` to check.
+    """
+    folder = Path(folder)
+    exported, checkpoints = folder / "model.safetensors", sorted((folder / "checkpoints").glob("step-*"))
+    require(
+        (folder / "config.json").exists() and (exported.exists() or checkpoints),
+        f"{folder} is neither a run with a checkpoint nor an export; give one that train.py made, such as runs/tiny",
+    )
+    model = Hope(HopeConfig.from_dict(json.loads((folder / "config.json").read_text())["model"])).eval()
+    if exported.exists():
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(exported))
+        return model
+    from torch.distributed.checkpoint import HuggingFaceStorageReader  # takes a second
+    from torch.distributed.checkpoint import load as load_checkpoint
+
+    reader, weights = HuggingFaceStorageReader(str(checkpoints[-1])), {}
+    stored = reader.read_metadata().state_dict_metadata
+    for name, p in model.named_parameters():
+        average = f"EMA.{name}.average"
+        weights[average if average in stored else f"model.{name}"] = p.detach()
+    load_checkpoint(weights, storage_reader=reader, no_dist=True)  # in place
+    return model
 
 
 @dataclass(frozen=True)
@@ -1285,27 +1434,28 @@ def from_pretrained(
     """
     known = {f.name for config in (HopeConfig, MemoryConfig) for f in fields(config)}
     extra = {name: overrides.pop(name) for name in set(overrides) - known}
-    model = model_or_path
-    if not isinstance(model, nn.Module):
+    if isinstance(model_or_path, nn.Module):
+        require(not extra, f"unknown setting {sorted(extra)}; see HopeConfig and MemoryConfig for the names")
+        model = model_or_path
+    else:
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
             raise ImportError('transformers is missing; run: pip install "nested-learning-hope[pretrained]"') from None
-        model = AutoModelForCausalLM.from_pretrained(model, **extra)
-    elif extra:
-        raise ValueError(f"unknown setting {sorted(extra)}; see HopeConfig and MemoryConfig for the names")
-    if type(model).__name__ not in FAMILIES:
-        raise ValueError(f"cannot take over a {type(model).__name__}; allowed: {', '.join(FAMILIES)}")
-    family = FAMILIES[type(model).__name__]
+        model = AutoModelForCausalLM.from_pretrained(model_or_path, **extra)
+    kind = type(model).__name__
+    require(kind in FAMILIES, f"cannot take over a {kind}; allowed: {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
     settings = pretrained_settings(model, family)
-    if fixed := set(overrides) & set(settings):
-        raise ValueError(f"the checkpoint fixes {', '.join(sorted(fixed))}; leave out what is fixed")
+    fixed = set(overrides) & set(settings)
+    require(not fixed, f"the checkpoint fixes {', '.join(sorted(fixed))}; leave out what is fixed")
     new = Hope(HopeConfig.preset(cms=tuple(cms), cms_rate=tuple(cms_rate), **settings, **overrides))
     with torch.no_grad():
         for ours, theirs in family.names.items():
+            if ours == "head" and new.config.tied:
+                continue
             for layer in range(new.config.n_layer if "{}" in ours else 1):
-                if ours != "head" or not new.config.tied:
-                    copy_modules(new, ours.replace("{}", str(layer)), model, theirs.replace("{}", str(layer)))
+                copy_modules(modules_of(new, ours, layer), modules_of(model, theirs, layer))
         for block in new.blocks:
             for level in block.cms.levels[1:]:
                 level.w_out.weight.zero_()
@@ -1324,33 +1474,35 @@ def pretrained_settings(model: nn.Module, family: Family) -> dict[str, Any]:
     found["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0), (1.0,)
     found["head_dim"] = getattr(c, "head_dim", None), (None, d_model / c.num_attention_heads)
     for name, (value, allowed) in found.items():
-        if value not in allowed:
-            raise ValueError(f"this checkpoint has {name} {value!r}; allowed: {', '.join(map(str, allowed))}")
+        require(value in allowed, f"this checkpoint has {name} {value!r}; allowed: {', '.join(map(str, allowed))}")
     biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    [w_out] = modules_of(model, family.names["blocks.{}.cms.levels.0.w_out"], 0)
     return family.settings | dict(
         memory="attention", depth=0, pattern=("memory",), project=True, conv=0, qk_norm=False, y_norm=False,
         vocab_size=len(embed), d_model=d_model, n_layer=c.num_hidden_layers, n_head=c.num_attention_heads,
         n_kv_head=getattr(c, "num_key_value_heads", None) or 0, window=getattr(c, "sliding_window", None) or 0,
         rope_theta=rope["rope_theta"], n_position=0 if family.settings["rotary"] else c.max_position_embeddings,
-        norm_eps=getattr(c, family.norm_eps), bias=any("attn." in b for b in biases), mlp_bias=any("mlp." in b for b in biases),
-        cms_hidden=model.get_submodule(family.names["blocks.{}.cms.levels.0.w_out"].format(0)).weight.numel() / d_model**2,
+        norm_eps=getattr(c, family.norm_eps), bias=any("attn." in name for name in biases),
+        mlp_bias=any("mlp." in name for name in biases), cms_hidden=w_out.weight.numel() / d_model**2,
         tied=model.get_output_embeddings().weight is embed,
     )  # fmt: skip
 
 
-def copy_modules(ours: nn.Module, to: str, theirs: nn.Module, source: str) -> None:
-    """Copy weights and biases between modules named by `to` and `source`; of several, the rows are joined and split."""
-    targets, sources = (
-        [root.get_submodule(s) for s in names.split()] for root, names in ((ours, to), (theirs, source))
-    )
-    for what in ("weight", "bias"):
-        rows = [getattr(m, what, None) for m in sources]
-        if rows[0] is None:  # a bias that only we have stays 0
+def modules_of(model: nn.Module, names: str, layer: int) -> list[nn.Module]:
+    """The modules that an entry of Family.names stands for, in one layer."""
+    return [model.get_submodule(name) for name in names.replace("{}", str(layer)).split()]
+
+
+def copy_modules(ours: list[nn.Module], theirs: list[nn.Module]) -> None:
+    """Copy weights and biases; of several modules on one side, the rows are joined and split."""
+    for kind in ("weight", "bias"):
+        if getattr(theirs[0], kind, None) is None:  # a bias that only we have stays 0
             continue
-        rows = [r.T if type(m).__name__ == "Conv1D" and r.ndim == 2 else r for m, r in zip(sources, rows)]
-        parts = [getattr(m, what) for m in targets]
-        for part, row in zip(parts, torch.cat(rows).split([len(p) for p in parts])):
-            part.copy_(row)
+        turned = kind == "weight" and type(theirs[0]).__name__ == "Conv1D"
+        rows = torch.cat([getattr(m, kind).T if turned else getattr(m, kind) for m in theirs])
+        targets = [getattr(m, kind) for m in ours]
+        for target, part in zip(targets, rows.split([len(t) for t in targets])):
+            target.copy_(part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1371,21 +1523,23 @@ def param_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def slow_groups(model: Hope, seq_len: int) -> list[dict[str, Any]]:
-    """Blocks of the CMS whose chunk C is longer than a training sequence: parameter groups with a `period` in outer steps.
+    """Blocks of the CMS whose chunk C is longer than a training sequence, as parameter groups with a `period` in steps.
 
-    The sequences of a batch are streams side by side, each seq_len tokens longer after every step, so that C tokens take
-    C / seq_len steps, rounded up. `Accumulate` makes the blocks' start states move once in so many.
+    The sequences of a batch are streams side by side, each seq_len tokens longer after every step, so C tokens take
+    C / seq_len steps, rounded up. `optim.Accumulate` makes the blocks' start states move once in so many.
     """
-    chunks = {i: c for i, c in enumerate(model.config.cms) if seq_len < c < INF}
-    params = lambda i: [p for block in model.blocks for p in block.cms.levels[i].parameters()]
-    return [{"params": params(i), "period": math.ceil(c / seq_len), "chunk": int(c)} for i, c in chunks.items()]
+    groups = []
+    for i, chunk in enumerate(model.config.cms):
+        if seq_len < chunk < INF:
+            params = [p for block in model.blocks for p in block.cms.levels[i].parameters()]
+            groups.append({"params": params, "period": math.ceil(chunk / seq_len), "chunk": int(chunk)})
+    return groups
 
 
 @dataclass(frozen=True)
 class Level:
     """One component of a model or optimizer, seen as an associative memory with a frequency of its own."""
 
-    level: int  # 1 is the fastest
     component: str
     period: float | None  # tokens between two updates, 0 for "solved anew at every token", None for the outer step
     context: str
@@ -1393,6 +1547,13 @@ class Level:
     rule: str
     size: int  # numbers that move: per sequence for states, in all for parameters
     steps: int = 1  # outer steps between two updates, where period is None
+    rank: int = 0  # of components that move equally often: one whose next state needs the other's comes after it
+    level: int = 0  # 1 is the fastest; `levels` counts
+
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """Grows from fast to slow (Definition 2)."""
+        return INF if self.period is None else self.period, self.steps, self.rank
 
     @property
     def every(self) -> str:
@@ -1438,8 +1599,8 @@ class Levels(list[Level]):
         return ax
 
 
-# What an optimizer keeps for its parameters, as memories of the gradient: name of the buffer -> objective, rule.
-# A rule may name the optimizer's settings.
+# What an optimizer keeps for its parameters, as memories of the gradient: name of the buffer -> objective, rule. A rule
+# may name the optimizer's settings. By the name of its class: this file and optim.py need not know each other.
 BUFFERS = {
     "AdamW": {"first moment": ("-<m, g>", "EMA (eq. 33)"), "second moment": ("-<v, g^2>", "EMA")},
     "Muon": {"momentum": ("-<m, g>", "EMA (eq. 42)")},
@@ -1462,17 +1623,19 @@ BUFFERS = {
 
 def buffer_size(optimizer: torch.optim.Optimizer, buffer: str) -> int:
     """Numbers in one of the BUFFERS of an optimizer."""
-    groups = optimizer.param_groups
-    if buffer == "MLP":  # one for every shape
-        return sum(
-            2 * d * max(1, round(g["hidden"] * d))
-            for g in groups
-            for d, _ in {(min(p.shape), p.shape) for p in g["params"]}
-        )
-    if buffer == "preconditioner":
-        kinds = {"identity": lambda p: 0, "diagonal": Tensor.numel, "kronecker": lambda p: sum(n * n for n in p.shape)}
-        return sum(kinds[g["preconditioner"]](p) for g in groups for p in g["params"])
-    return sum(p.numel() for g in groups for p in g["params"])
+    size = 0
+    for group in optimizer.param_groups:
+        params = group["params"]
+        if buffer == "MLP":  # one for every shape
+            for d in (min(shape) for shape in {p.shape for p in params}):
+                size += 2 * d * max(1, round(group["hidden"] * d))
+        elif buffer == "preconditioner" and group["preconditioner"] == "identity":
+            pass
+        elif buffer == "preconditioner" and group["preconditioner"] == "kronecker":
+            size += sum(n * n for p in params for n in p.shape)
+        else:
+            size += sum(p.numel() for p in params)
+    return size
 
 
 def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = ()) -> Levels:
@@ -1481,60 +1644,63 @@ def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.
     A component is faster than another if it moves more often, or as often and the other's next state needs its own.
     Raises ValueError for an optimizer whose memories are not known here.
     """
-    c = model.config
-    found: list[tuple] = []  # period and outer steps, rank where they are equal, then the columns
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    found = model_levels(model) + optimizer_levels(optimizers) + parameter_levels(model, optimizers)
+    found.sort(key=lambda row: row.order)
+    orders = sorted({row.order for row in found})
+    return Levels(replace(row, level=orders.index(row.order) + 1) for row in found)
 
-    def add(
-        period: float, rank: int, component: str, context: str, objective: str, rule: str, size: int, steps: int = 1
-    ) -> None:
-        found.append((period, steps, rank, component, context, objective, rule, size))
 
-    outer = INF
-    kinds = [block.memory for block in model.blocks]
-    if attention := [a for a in kinds if a.config.depth == 0]:
+def model_levels(model: Hope) -> list[Level]:
+    """What is written in context: the sequence layers and the CMS."""
+    c, m, layers, found = model.config, model.config.memory, [block.memory for block in model.blocks], []
+    attention = [layer for layer in layers if isinstance(layer, Attention)]
+    memories = [layer for layer in layers if isinstance(layer, Memory)]
+    if attention:
         window = attention[0].config.window
         seen = f"last {window} tokens" if window else "all tokens so far"
-        add(0, 0, "softmax attention", seen, "regression (eq. 62)", "solved exactly", 0)
-    if memories := [a for a in kinds if a.config.depth > 0]:
-        m = c.memory
-        loss = "1/2 |M k - v|^2" if m.objective == "l2" else "-<M k, v>"
-        rule = "delta GD (eq. 88)" if m.rule == "dgd" else "GD (eq. 17)"
-        values = "keys, own values" if m.self_values else "keys, values"
-        for group, name, period in (
-            ("main", "memory M", m.chunk if m.read == "chunk" else 1),
-            ("proj", "memories " + ",".join(memories[0].adaptive), m.chunk_proj),
-        ):
-            if group == "proj" and not m.adaptive:
-                continue
-            size = len(memories) * sum(w.numel() for w in memories[0].start_weights(group))
-            if m.momentum:
-                add(period, 0, f"{name.removeprefix('memories ')}: momentum", "inner gradients", "-<m, g>", "EMA", size)
-            add(period, 1, name, values, loss, rule, size)
-    for chunk, level, fast in zip(c.cms, model.blocks[0].cms.levels, model.blocks[0].cms.fast):
-        if fast:
-            size = c.n_layer * sum(w.numel() for w in (level.w_in.weight, level.w_out.weight))
-            add(chunk, 2, f"CMS, C = {chunk:g}", "the stream", "next-token loss", "GD (eq. 71)", size)
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    for o in optimizers:
-        kind = type(o).__name__
-        if kind not in BUFFERS:
-            raise ValueError(f"levels knows nothing of the optimizer {kind}; allowed: {', '.join(BUFFERS)}")
+        found.append(Level("softmax attention", 0, seen, "regression (eq. 62)", "solved exactly", 0))
+    loss = "1/2 |M k - v|^2" if m.objective == "l2" else "-<M k, v>"
+    rule = "delta GD (eq. 88)" if m.rule == "dgd" else "GD (eq. 17)"
+    pairs = "keys, own values" if m.self_values else "keys, values"
+    for part in reversed(memories[0].parts) if memories else ():
+        size = len(memories) * sum(w.numel() for w in memories[0].start_weights(part))
+        short = "memory M" if part == "main" else ",".join(memories[0].adaptive)
+        period = m.chunk_proj if part == "proj" else m.chunk if m.read == "chunk" else 1
+        if m.momentum:
+            found.append(Level(f"{short}: momentum", period, "inner gradients", "-<m, g>", "EMA", size))
+        found.append(Level("memories " * (part == "proj") + short, period, pairs, loss, rule, size, rank=1))
+    for i in c.written:
+        size = c.n_layer * sum(w.numel() for w in model.blocks[0].cms.levels[i].matrices)
+        name = f"CMS, C = {c.cms[i]:g}"
+        found.append(Level(name, c.cms[i], "the stream", "next-token loss", "GD (eq. 71)", size, rank=2))
+    return found
+
+
+def optimizer_levels(optimizers: Sequence[torch.optim.Optimizer]) -> list[Level]:
+    """What optimizers keep."""
+    found = []
+    for optimizer in optimizers:
+        kind, settings = type(optimizer).__name__, optimizer.param_groups[0]
+        require(kind in BUFFERS, f"levels knows nothing of the optimizer {kind}; allowed: {', '.join(BUFFERS)}")
         for buffer, (objective, rule) in BUFFERS[kind].items():
-            if size := buffer_size(o, buffer):
-                steps = o.param_groups[0]["every"] if buffer == "slow momentum" else 1
-                rule = rule.format(**o.param_groups[0])
-                add(outer, 0, f"{kind}: {buffer}", "outer gradients", objective, rule, size, steps)
-    rule = " and ".join(type(o).__name__ for o in optimizers if type(o).__name__ != "Accumulate") or "no optimizer given"
-    size = sum(p.numel() for p in model.parameters())
-    for group in (g for o in optimizers if type(o).__name__ == "Accumulate" for g in o.param_groups):
-        slow = sum(p.numel() for p in group["params"])
-        name = f"CMS, C = {group['chunk']}: start state" if "chunk" in group else "slow parameters"
-        add(outer, 3, name, "training text", "next-token loss", rule, slow, group["period"])
-        size -= slow
-    add(outer, 3, "parameters, start states", "training text", "next-token loss", rule, size)
-    order = sorted({row[:3] for row in found})
-    table = [
-        Level(order.index(row[:3]) + 1, row[3], None if row[0] == outer else row[0], *row[4:], row[1])
-        for row in sorted(found, key=lambda row: row[:3])
-    ]
-    return Levels(table)
+            size, steps = buffer_size(optimizer, buffer), settings["every"] if buffer == "slow momentum" else 1
+            if size:
+                name, rule = f"{kind}: {buffer}", rule.format(**settings)
+                found.append(Level(name, None, "outer gradients", objective, rule, size, steps))
+    return found
+
+
+def parameter_levels(model: Hope, optimizers: Sequence[torch.optim.Optimizer]) -> list[Level]:
+    """What optimizers move: parameters that `optim.Accumulate` holds back, and the others."""
+    movers = [type(o).__name__ for o in optimizers if type(o).__name__ != "Accumulate"]
+    rule, found = " and ".join(movers) or "no optimizer given", []
+    rest = sum(p.numel() for p in model.parameters())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups if type(optimizer).__name__ == "Accumulate" else ():
+            name = f"CMS, C = {group['chunk']}: start state" if "chunk" in group else "slow parameters"
+            size, period = sum(p.numel() for p in group["params"]), group["period"]
+            found.append(Level(name, None, "training text", "next-token loss", rule, size, period, rank=3))
+            rest -= size
+    name = "parameters, start states"
+    return [*found, Level(name, None, "training text", "next-token loss", rule, rest, rank=3)]

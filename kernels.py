@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 
 import torch
@@ -369,12 +369,15 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 # Which of the two runs
 
 
+CHOICES = "auto", "reference", "triton"
+
+
 def uses_triton(z: Tensor) -> bool:
     """Whether the Triton kernels run for tensors on z's device, as the environment's HOPE_KERNELS says: "auto" (Triton on
     GPUs), "reference" or "triton". ValueError for anything else, RuntimeError for "triton" where it can't run."""
     choice = os.environ.get("HOPE_KERNELS") or "auto"
-    if choice not in ("auto", "reference", "triton"):
-        raise ValueError(f"HOPE_KERNELS is {choice!r}; allowed: auto, reference, triton; unset it for auto")
+    if choice not in CHOICES:
+        raise ValueError(f"HOPE_KERNELS is {choice!r}; allowed: {', '.join(CHOICES)}; unset it for auto")
     if choice == "triton" and triton is None:
         raise RuntimeError("HOPE_KERNELS is triton, which is not installed; `pip install triton`, or set it to auto")
     if choice == "triton" and not z.is_cuda and not os.environ.get("TRITON_INTERPRET"):
@@ -387,6 +390,23 @@ def uses_triton(z: Tensor) -> bool:
         )
         return False
     return triton is not None and (choice == "triton" or choice == "auto" and z.is_cuda)
+
+
+@contextmanager
+def using(choice: str) -> Iterator[None]:
+    """For as long as it lasts, HOPE_KERNELS is `choice`, for the whole process: "reference", "triton" or "auto"
+    (see `uses_triton`). What it was comes back at the end, also after an error. ValueError for any other choice."""
+    if choice not in CHOICES:
+        raise ValueError(f"kernels.using({choice!r}): allowed are {', '.join(CHOICES)}")
+    before = os.environ.get("HOPE_KERNELS")
+    os.environ["HOPE_KERNELS"] = choice
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HOPE_KERNELS"]
+        else:
+            os.environ["HOPE_KERNELS"] = before
 
 
 @lru_cache(maxsize=None)

@@ -1,18 +1,24 @@
 """The paper's optimizers: memories of the gradient (Nested Learning, arXiv 2512.24695, secs. 4 and 5).
 
-`DGD` (eqs. 57-60), `DeltaMomentum` (eqs. 48, 49), `PreconditionedMomentum` (eqs. 46, 47), `DeepMomentum` (eqs. 50-52)
-and `M3` (eq. 75, Algorithm 1) are optimizers as torch has them: parameter groups, closures, state_dict; they run under
-FSDP2 too. `Accumulate` and `EMA` are bookkeeping in the same form, so that what saves optimizers saves them as well.
-Knows nothing of the models it trains.
+    DGD                      eqs. 57 to 60: gradient descent that also forgets, along the inputs of every linear layer
+    DeltaMomentum            eqs. 48, 49: momentum as a regression that unlearns before it learns
+    PreconditionedMomentum   eqs. 46, 47: momentum whose values are preconditioned gradients
+    DeepMomentum             eqs. 50 to 52: the momentum is an MLP
+    M3                       eq. 75, Algorithm 1: a fast and a slow momentum, orthogonalised
+    Accumulate, EMA          bookkeeping in the form of an optimizer, so that what saves optimizers saves it too
+
+They keep the contract of torch.optim: parameter groups, closures, state_dict; and run under FSDP2. `Batched` has what
+the paper's have in common; each of them says in `_update` what it adds to parameters of one shape. Everything here
+works on any model; `hope.param_groups` and `hope.slow_groups` sort the parameters of ours.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +26,24 @@ from torch import Tensor, nn
 
 from kernels import newton_schulz
 
+__all__ = ["DGD", "EMA", "M3", "Accumulate", "DeepMomentum", "DeltaMomentum", "PreconditionedMomentum"]
+
 INF = float("inf")
 
 # Settings of the optimizers below: least and greatest value, or the choices.
 ALLOWED = {
     "lr": (0, INF), "weight_decay": (0, INF), "momentum": (0, 1), "delta": (0, INF), "betas": (0, INF), "beta": (0, 1),
-    "eps": (0, INF), "alpha": (0, INF), "every": (1, INF), "ns_steps": (1, INF), "inner_lr": (0, INF), "hidden": (0, INF),
-    "preconditioner": ("identity", "diagonal", "kronecker"), "output": ("linear", "tanh", "orthogonal"),
+    "eps": (0, INF), "alpha": (0, INF), "every": (1, INF), "ns_steps": (1, INF), "inner_lr": (0, INF),
+    "hidden": (0, INF), "preconditioner": ("identity", "diagonal", "kronecker"),
+    "output": ("linear", "tanh", "orthogonal"),
 }  # fmt: skip
 
 
-def wide(t: Tensor) -> Tensor:
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors that FSDP2 may have sharded
+
+
+def in_float32(t: Tensor) -> Tensor:
     """t in float32 at least."""
     return t if t.dtype == torch.float64 else t.float()
 
@@ -42,7 +55,7 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def stack_full(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape, gathered from their shards: (k, *shape), in float32 at least."""
-    return torch.stack([wide(t.full_tensor() if hasattr(t, "full_tensor") else t) for t in tensors])
+    return torch.stack([in_float32(t.full_tensor() if hasattr(t, "full_tensor") else t) for t in tensors])
 
 
 def shards(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -51,8 +64,11 @@ def shards(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         return list(stacked.unbind(0))
     from torch.distributed.tensor import DTensor, Replicate
 
-    whole = lambda t, p: DTensor.from_local(t, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
-    return [whole(t, p).redistribute(placements=p.placements).to_local() for t, p in zip(stacked, like)]
+    found = []
+    for t, p in zip(stacked, like):
+        whole = DTensor.from_local(t, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
+        found.append(whole.redistribute(placements=p.placements).to_local())
+    return found
 
 
 def norms(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
@@ -61,9 +77,9 @@ def norms(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     if hasattr(like[0], "full_tensor"):
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        kinds = lambda p: [Partial() if placement.is_shard() else Replicate() for placement in p.placements]
-        squares = [DTensor.from_local(s, p.device_mesh, kinds(p), run_check=False) for s, p in zip(squares, like)]
-        squares = [s.full_tensor() for s in squares]
+        for i, p in enumerate(like):
+            kinds = [Partial() if placement.is_shard() else Replicate() for placement in p.placements]
+            squares[i] = DTensor.from_local(squares[i], p.device_mesh, kinds, run_check=False).full_tensor()
     return [s.sqrt() for s in squares]
 
 
@@ -76,17 +92,25 @@ def unit(z: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return z / size.clamp(min=tiny), size * largest
 
 
-class BatchedOptimizer(torch.optim.Optimizer):
+class Batched(torch.optim.Optimizer):
     """What the optimizers below share. A subclass says in `_update` what a batch of equal shapes is moved by.
 
     As with torch's own: closures, parameter groups, decoupled weight decay (W shrinks by lr * weight_decay), sparse
     gradients are refused, and gradients that are not finite reach the parameters. Parameters of one shape are updated
     together. The state is float32 for bfloat16 parameters, and is loaded as such. Under FSDP2 it is sharded like the
     parameters, and what needs whole matrices gathers them on every rank.
+
+    Settings are given by name, or in the order of SETTINGS, to the optimizer or to a parameter group.
     """
 
-    def __init__(self, params: Any, **defaults: Any):
-        super().__init__(params, defaults)
+    SETTINGS: dict[str, Any] = {}  # with their defaults
+    DIMS: tuple[int, ...] = (2,)  # numbers of dimensions that parameters may have
+
+    def __init__(self, params: Any, *values: Any, **settings: Any):
+        given = dict(zip(self.SETTINGS, values)) | settings
+        if unknown := sorted(given.keys() - self.SETTINGS.keys()):
+            raise TypeError(f"{type(self).__name__} has no {unknown[0]}; it has: {', '.join(self.SETTINGS)}")
+        super().__init__(params, self.SETTINGS | given)
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         super().add_param_group(group)
@@ -97,6 +121,7 @@ class BatchedOptimizer(torch.optim.Optimizer):
             raise
 
     def _check(self, group: dict[str, Any]) -> None:
+        """ValueError for a setting or a parameter that this optimizer cannot take."""
         kind, dims = type(self).__name__, self._dims(group)
         for name in ALLOWED.keys() & group.keys():
             allowed, given = ALLOWED[name], group[name]
@@ -116,8 +141,7 @@ class BatchedOptimizer(torch.optim.Optimizer):
                 )
 
     def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
-        """Numbers of dimensions that parameters may have."""
-        return (2,)
+        return self.DIMS
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -154,12 +178,12 @@ class BatchedOptimizer(torch.optim.Optimizer):
         """State of this name and the shape of the parameters, zeros at first."""
         for p in params:
             if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(wide(p.detach()), memory_format=torch.contiguous_format)
+                self.state[p][name] = torch.zeros_like(in_float32(p.detach()), memory_format=torch.contiguous_format)
         return [self.state[p][name] for p in params]
 
     def _grads(self, params: list[Tensor]) -> list[Tensor]:
         """Shards of the gradients, in float32 at least."""
-        return [wide(g) for g in local([p.grad for p in params])]
+        return [in_float32(g) for g in local([p.grad for p in params])]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -169,6 +193,10 @@ class BatchedOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(i, {}).items():
                 if value.dtype != self.state[p][name].dtype:
                     self.state[p][name] = value.to(self.state[p][name].device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Delta gradient descent
 
 
 class Tap(torch.autograd.Function):
@@ -190,7 +218,23 @@ class Tap(torch.autograd.Function):
         return grad, None, None
 
 
-class DGD(BatchedOptimizer):
+def tap_weight(note: Callable[[Tensor], None], layer: nn.Linear, args: tuple) -> None:
+    """Before a forward pass of a layer: it is to use its weight by a Tap."""
+    if torch.is_grad_enabled() and layer.weight.requires_grad:
+        # An attribute hides the parameter of the same name, until the forward pass is over.
+        layer.__dict__["weight"] = Tap.apply(layer.weight, args[0].detach(), note)
+
+
+def untap_weight(layer: nn.Linear, args: tuple, output: Any) -> None:
+    layer.__dict__.pop("weight", None)
+
+
+def note_inputs(optimizer: weakref.ref, p: Tensor, x: Tensor) -> None:
+    if (alive := optimizer()) is not None:
+        alive._note(p, x)
+
+
+class DGD(Batched):
     r"""Delta gradient descent: for every `nn.Linear` the exact step of eq. 56, for other parameters plain SGD.
 
     With x_n the inputs of a layer in a batch, u_n = -grad_{y_n} L_n and L the mean of the L_n,
@@ -202,50 +246,30 @@ class DGD(BatchedOptimizer):
 
     Args:
         model: hooks on its linear layers collect the inputs, of all backward passes since the last `step` or
-            `zero_grad`, and of all ranks. `remove_hooks` takes them off.
+            `zero_grad`, and of all ranks. `remove_hooks` takes them off: then every parameter is moved by SGD.
         params: parameters or groups to train; all of the model's if left out.
         lr: step size. The loss must be a mean over what the layers see as rows.
         delta: weight of |W x|^2 / 2 in the objective: C is multiplied by it. 1 is eq. 56, 0 plain SGD.
         normalize: divide a layer's inputs by their root mean square norm lambda, the paper's |x| = lambda.
-        weight_decay: decoupled, as in AdamW.
 
     Weights that are used without a call of their layer are moved by SGD.
     """
 
-    def __init__(
-        self, model: nn.Module, params: Any = None, lr: float = 0.1, delta: float = 1.0, normalize: bool = False,
-        weight_decay: float = 0.0,
-    ):  # fmt: skip
-        params = list(model.parameters() if params is None else params)
-        super().__init__(params, lr=lr, delta=delta, normalize=normalize, weight_decay=weight_decay)
-        self._inputs: dict[Tensor, tuple[int, Tensor]] = {}
-        self._linear: set[Tensor] = set()
-        self._hooks, this = [], weakref.ref(self)  # weak: the model does not keep its optimizer alive
+    SETTINGS = dict(lr=0.1, delta=1.0, normalize=False, weight_decay=0.0)
+    DIMS = tuple(range(6))
+
+    def __init__(self, model: nn.Module, params: Any = None, *values: Any, **settings: Any):
+        super().__init__(list(model.parameters() if params is None else params), *values, **settings)
+        self._inputs: dict[Tensor, tuple[int, Tensor]] = {}  # of a weight: how many, and the sum of x x^T
         mine = {p for group in self.param_groups for p in group["params"]}
-
-        def before(p: Tensor, module: nn.Module, args: tuple) -> None:
-            if torch.is_grad_enabled() and module.weight.requires_grad and this() is not None:
-                # An attribute hides the parameter of the same name, until the forward pass is over.
-                module.__dict__["weight"] = Tap.apply(module.weight, args[0].detach(), partial(note, p))
-
-        def after(module: nn.Module, args: tuple, output: Any) -> None:
-            module.__dict__.pop("weight", None)
-
-        def note(p: Tensor, x: Tensor) -> None:
-            if (optimizer := this()) is not None:
-                optimizer._note(p, x)
-
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module.weight in mine:
-                self._linear.add(module.weight)
-                self._hooks.append(module.register_forward_pre_hook(partial(before, module.weight)))
-                self._hooks.append(module.register_forward_hook(after, always_call=True))
-
-    def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
-        return tuple(range(6))
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight in mine]
+        self._linear, self._hooks = {layer.weight for layer in layers}, []
+        for layer in layers:
+            note = partial(note_inputs, weakref.ref(self), layer.weight)  # weak: the model keeps no optimizer alive
+            self._hooks.append(layer.register_forward_pre_hook(partial(tap_weight, note)))
+            self._hooks.append(layer.register_forward_hook(untap_weight, always_call=True))
 
     def remove_hooks(self) -> None:
-        """Take the hooks off the model. From then on every parameter is moved by SGD."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -259,48 +283,45 @@ class DGD(BatchedOptimizer):
         self._inputs.clear()
         return loss
 
+    def _seen(self, p: Tensor) -> tuple[int, Tensor]:
+        zeros = lambda: in_float32(torch.zeros(p.shape[1], p.shape[1], device=p.device, dtype=p.dtype))
+        return self._inputs.get(p) or (0, zeros())
+
     def _note(self, p: Tensor, x: Tensor) -> None:
-        """Add inputs x (..., i) of the layer with weight p: as rows (n, i) while these are few, then as (i, i) sums."""
-        x = wide(x.reshape(-1, x.shape[-1]))
-        n, seen = self._inputs.get(p, (0, x[:0]))
-        total = n + len(x)
-        if n < x.shape[-1] <= total:
-            seen = seen.mT @ seen
-        self._inputs[p] = total, torch.cat([seen, x]) if total < x.shape[-1] else seen + x.mT @ x
+        """Add inputs x (..., i) of the layer with weight p."""
+        x, (n, total) = in_float32(x.reshape(-1, x.shape[-1])), self._seen(p)
+        self._inputs[p] = n + len(x), total + x.mT @ x
 
     def _kind(self, p: Tensor) -> tuple:
         if p in self._linear and torch.distributed.is_available() and torch.distributed.is_initialized():
-            n, seen = self._inputs.get(p, (0, wide(torch.zeros(1, p.shape[1], device=p.device, dtype=p.dtype))))
-            seen = (seen.mT @ seen if n < p.shape[1] else seen).contiguous()
+            n, total = self._seen(p)
             n = torch.tensor(n, device=p.device)
-            torch.distributed.all_reduce(seen)
+            torch.distributed.all_reduce(total)
             torch.distributed.all_reduce(n)
-            self._inputs[p] = n.item(), seen
-        n, seen = self._inputs.get(p, (0, ()))
-        return (n, len(seen))
+            self._inputs[p] = n.item(), total
+        return (self._inputs[p][0] if p in self._inputs else 0,)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        lr = group["lr"]
-        n, seen = self._inputs.get(params[0], (0, None))
+        lr, n = group["lr"], self._inputs[params[0]][0] if params[0] in self._inputs else 0
         if n == 0:
             return torch._foreach_mul(self._grads(params), -lr)
         W, G = stack_full(params), stack_full([p.grad for p in params])
-        seen = torch.stack([self._inputs[p][1] for p in params]).to(W.dtype)
-        rows = seen.shape[-2] < W.shape[-1]  # rows of inputs, not their sums
+        C = torch.stack([self._inputs[p][1] for p in params]).to(W.dtype) / n
         if group["normalize"]:
-            square = seen.square().sum((-2, -1)) if rows else seen.diagonal(dim1=-2, dim2=-1).sum(-1)
-            scale = (square / n).clamp(min=torch.finfo(W.dtype).tiny).rsqrt()[:, None, None]
-            G, seen = G * scale, seen * (scale if rows else scale.square())
-        Z, c = W - lr * G, lr * group["delta"] / n
-        # (I + c X^T X)^-1 by a system of the smaller side: n rows X, or their i x i sums.
-        A = c * (seen @ seen.mT if rows else seen)
+            square = C.diagonal(dim1=-2, dim2=-1).sum(-1)  # lambda^2
+            scale = square.clamp(min=torch.finfo(W.dtype).tiny).rsqrt()[:, None, None]
+            G, C = G * scale, C * scale.square()
+        A = lr * group["delta"] * C
         A.diagonal(dim1=-2, dim2=-1).add_(1)
-        L = torch.linalg.cholesky_ex(A).L
-        new = Z - c * torch.cholesky_solve(seen @ Z.mT, L).mT @ seen if rows else torch.cholesky_solve(Z.mT, L).mT
+        new = torch.cholesky_solve((W - lr * G).mT, torch.linalg.cholesky_ex(A).L).mT
         return shards(new - W, params)
 
 
-class DeltaMomentum(BatchedOptimizer):
+# ----------------------------------------------------------------------------------------------------------------------
+# Momentum
+
+
+class DeltaMomentum(Batched):
     r"""Momentum as an l2 regression of its value on the gradient (eqs. 48 and 49, corrected):
 
         m' = m (momentum I - c g^T g) - lr g        W' = W + m'        c = delta / (1 + delta |g|^2)
@@ -310,14 +331,8 @@ class DeltaMomentum(BatchedOptimizer):
     c |g|^2 below 1 for gradients of any scale. `bounded=False` takes c = delta, as in eq. 49. A vector is a column.
     """
 
-    def __init__(
-        self, params: Any, lr: float = 0.01, momentum: float = 0.9, delta: float = 1.0, bounded: bool = True,
-        weight_decay: float = 0.0,
-    ):  # fmt: skip
-        super().__init__(params, lr=lr, momentum=momentum, delta=delta, bounded=bounded, weight_decay=weight_decay)
-
-    def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
-        return (1, 2)
+    SETTINGS = dict(lr=0.01, momentum=0.9, delta=1.0, bounded=True, weight_decay=0.0)
+    DIMS = (1, 2)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         buffers, c = self._buffers(params, "momentum"), group["delta"]
@@ -333,7 +348,7 @@ class DeltaMomentum(BatchedOptimizer):
         return new
 
 
-class PreconditionedMomentum(BatchedOptimizer):
+class PreconditionedMomentum(Batched):
     r"""Momentum whose values are preconditioned gradients (eqs. 46 and 47, with the forget gate the text speaks of):
 
         m' = momentum m - lr P(g)        W' = W + m'
@@ -345,32 +360,25 @@ class PreconditionedMomentum(BatchedOptimizer):
         beta: decay of these means, which are corrected for their start at 0.
     """
 
-    def __init__(
-        self, params: Any, lr: float = 0.01, momentum: float = 0.9,
-        preconditioner: Literal["identity", "diagonal", "kronecker"] = "diagonal", beta: float = 0.99, eps: float = 1e-8,
-        every: int = 10, weight_decay: float = 0.0,
-    ):  # fmt: skip
-        super().__init__(
-            params, lr=lr, momentum=momentum, preconditioner=preconditioner, beta=beta, eps=eps, every=every,
-            weight_decay=weight_decay,
-        )  # fmt: skip
+    SETTINGS = dict(lr=0.01, momentum=0.9, preconditioner="diagonal", beta=0.99, eps=1e-8, every=10, weight_decay=0.0)
 
     def _dims(self, group: dict[str, Any]) -> tuple[int, ...]:
         return (2,) if group["preconditioner"] == "kronecker" else (1, 2)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        grads, m = self._grads(params), local(self._buffers(params, "momentum"))
-        t, beta, kind = self.state[params[0]]["step"].item(), group["beta"], group["preconditioner"]
-        if kind == "diagonal":
+        grads, m, beta = self._grads(params), local(self._buffers(params, "momentum")), group["beta"]
+        t = self.state[params[0]]["step"].item()
+        if group["preconditioner"] == "diagonal":
             v = local(self._buffers(params, "square"))
             torch._foreach_mul_(v, beta)
             torch._foreach_addcmul_(v, grads, grads, value=1 - beta)
             below = torch._foreach_sqrt(torch._foreach_div(v, 1 - beta**t))
             grads = torch._foreach_div(grads, torch._foreach_add(below, group["eps"]))
-        elif kind == "kronecker":
+        elif group["preconditioner"] == "kronecker":
             G = stack_full([p.grad for p in params])
-            left = self._root(group, params, "left", G @ G.mT, t)
-            right = self._root(group, params, "right", G.mT @ G, t)
+            left, right = (
+                self._root(group, params, side, square, t) for side, square in (("left", G @ G.mT), ("right", G.mT @ G))
+            )
             grads = shards(left @ G @ right, params)
         torch._foreach_mul_(m, group["momentum"])
         torch._foreach_add_(m, grads, alpha=-group["lr"])
@@ -379,24 +387,21 @@ class PreconditionedMomentum(BatchedOptimizer):
     def _root(self, group: dict[str, Any], params: list[Tensor], side: str, square: Tensor, t: float) -> Tensor:
         """Add `square` (k, n, n) to the means of this side; returns the -1/4 power of the means, (k, n, n)."""
         for p, s in zip(params, square):
-            mean = self.state[p].setdefault(side, torch.zeros_like(s))
-            mean.lerp_(s, 1 - group["beta"])
+            self.state[p].setdefault(side, torch.zeros_like(s)).lerp_(s, 1 - group["beta"])
         if (t - 1) % group["every"] == 0:
             mean = torch.stack([self.state[p][side] for p in params]) / (1 - group["beta"] ** t)
-            if not mean.isfinite().all():  # eigh would raise; like any other step, this one passes it on
-                roots = torch.full_like(mean, math.nan)
-            else:
-                level = mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
+            roots = torch.full_like(mean, math.nan)
+            if mean.isfinite().all():  # else eigh would raise; like any other step, this one passes it on
                 values, vectors = torch.linalg.eigh(mean)
-                floor = torch.finfo(mean.dtype).tiny
-                values = (values.clamp(min=0) + group["eps"] * level).clamp(min=floor)
+                floor = group["eps"] * mean.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
+                values = (values.clamp(min=0) + floor).clamp(min=torch.finfo(mean.dtype).tiny)
                 roots = vectors * values.pow(-0.25)[:, None] @ vectors.mT
             for p, root in zip(params, roots):
                 self.state[p][f"{side}_root"] = root.clone()
         return torch.stack([self.state[p][f"{side}_root"] for p in params])
 
 
-class DeepMomentum(BatchedOptimizer):
+class DeepMomentum(Batched):
     r"""Deep momentum gradient descent (eq. 50): the momentum is an MLP, trained by an inner loss at every step.
 
         phi' = momentum phi - inner_lr grad_phi 1/2 |m(u; phi) + u|^2        W' = W + lr |g| sigma(m(u; phi'))
@@ -414,38 +419,29 @@ class DeepMomentum(BatchedOptimizer):
             `newton_schulz` of the matrix of outputs, in steps like AdamW's (0.2 sqrt(max(m, n)) times it).
     """
 
-    def __init__(
-        self, params: Any, lr: float = 0.1, momentum: float = 0.999, inner_lr: float = 10.0, hidden: float = 1.0,
-        output: Literal["linear", "tanh", "orthogonal"] = "linear", ns_steps: int = 5, weight_decay: float = 0.0,
-    ):  # fmt: skip
-        super().__init__(
-            params, lr=lr, momentum=momentum, inner_lr=inner_lr, hidden=hidden, output=output, ns_steps=ns_steps,
-            weight_decay=weight_decay,
-        )  # fmt: skip
+    SETTINGS = dict(lr=0.1, momentum=0.999, inner_lr=10.0, hidden=1.0, output="linear", ns_steps=5, weight_decay=0.0)
 
     def _kind(self, p: Tensor) -> tuple:
         return ()  # one memory for all of a shape
 
-    def _memory(self, group: dict[str, Any], like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The state of the first parameter of this shape, which holds the MLP."""
+    def _memory(self, group: dict[str, Any], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weights of the MLP, which the first parameter of this shape keeps."""
         same = lambda p: (p.shape, p.dtype, p.device) == (like.shape, like.dtype, like.device)
-        state = self.state[next(p for p in group["params"] if same(p))]
+        state, d = self.state[next(p for p in group["params"] if same(p))], min(like.shape)
         if "w_in" not in state:
-            d = min(like.shape)
             h = max(1, round(group["hidden"] * d))
             w_in = torch.randn(h, d, generator=torch.Generator().manual_seed(0))  # the same on every rank
             state["w_in"] = w_in.to(like.device, dtype)
             state["w_out"] = torch.zeros(d, h, device=like.device, dtype=dtype)
-        return state
+        return state["w_in"], state["w_out"]
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         G = stack_full([p.grad for p in params])
-        wide = G.shape[-1] > G.shape[-2]
-        G = G.mT if wide else G
+        by_columns = G.shape[-1] > G.shape[-2]
+        G = G.mT if by_columns else G
         u, size = unit(G, (-1,))
         u = u.flatten(0, 1)
-        state = self._memory(group, params[0], G.dtype)
-        w_in, w_out = state["w_in"], state["w_out"]
+        w_in, w_out = self._memory(group, params[0], G.dtype)
         with torch.enable_grad():
             layers = [w_in.clone().requires_grad_(), w_out.clone().requires_grad_()]
             hidden = F.silu(u @ layers[0].mT)
@@ -459,10 +455,10 @@ class DeepMomentum(BatchedOptimizer):
             out = torch.tanh(unit(out, (-2, -1))[0] * out[0].numel() ** 0.5)
         elif group["output"] == "orthogonal":
             out = 0.2 * max(params[0].shape) ** 0.5 * newton_schulz(out, group["ns_steps"])
-        return shards(group["lr"] * (out.mT if wide else out), params)
+        return shards(group["lr"] * (out.mT if by_columns else out), params)
 
 
-class M3(BatchedOptimizer):
+class M3(Batched):
     r"""Multi-scale momentum Muon (Algorithm 1): a fast and a slow momentum, orthogonalised, over a second moment.
 
         M2' = b3 M2 + (1 - b3) mean of the last `every` gradients, once in `every` steps
@@ -470,29 +466,22 @@ class M3(BatchedOptimizer):
         W' = W - lr 0.2 U / rms(U)
 
     The scaling to a root mean square of 0.2 gives the step the size of AdamW's, so one learning rate serves both, and
-    makes it independent of the gradient's scale. V is corrected for its start at 0.
+    makes it independent of the gradient's scale. V is corrected for its start at 0. State: five numbers per parameter.
 
     Args:
         betas: b1, b2, b3, decays; with `literal` the weights of Algorithm 1 instead.
         alpha: weight of the slow momentum.
         every: steps between two moves of the slow momentum. Every gradient enters it once: the sums of eq. 75 overlap
             by a term, and its minus sign would set the two momentums against each other.
-        literal: Algorithm 1 as printed, where no buffer ever decays: M1' = M1 + b1 g, V' = V + b2 g^2, M2' = M2 + b3 sum
-            of the last `every` gradients, W' = W - lr U.
+        literal: Algorithm 1 as printed, where no buffer ever decays: M1' = M1 + b1 g, V' = V + b2 g^2, M2' = M2 + b3
+            sum of the last `every` gradients, W' = W - lr U.
         dtype: what Newton-Schulz computes in, bfloat16 as in torch's Muon; float64 for float64 parameters.
-
-    Five numbers of state per parameter: M1, M2, V, the sum of the open period's gradients, and NS(M2).
     """
 
-    def __init__(
-        self, params: Any, lr: float = 0.01, betas: tuple[float, float, float] = (0.95, 0.95, 0.9), alpha: float = 0.5,
-        every: int = 10, eps: float = 1e-10, ns_steps: int = 5, literal: bool = False,
-        dtype: torch.dtype = torch.bfloat16, weight_decay: float = 0.0,
-    ):  # fmt: skip
-        super().__init__(
-            params, lr=lr, betas=betas, alpha=alpha, every=every, eps=eps, ns_steps=ns_steps, literal=literal,
-            dtype=dtype, weight_decay=weight_decay,
-        )  # fmt: skip
+    SETTINGS = dict(
+        lr=0.01, betas=(0.95, 0.95, 0.9), alpha=0.5, every=10, eps=1e-10, ns_steps=5, literal=False,
+        dtype=torch.bfloat16, weight_decay=0.0,
+    )  # fmt: skip
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
@@ -506,24 +495,24 @@ class M3(BatchedOptimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         (b1, b2, b3), every, literal = group["betas"], group["every"], group["literal"]
-        M1, M2, V, total, O2 = (self._buffers(params, n) for n in ("fast", "slow", "square", "sum", "slow_ns"))
+        M1, M2, V, total, O2 = (local(self._buffers(params, n)) for n in ("fast", "slow", "square", "sum", "slow_ns"))
         grads, t = self._grads(params), self.state[params[0]]["step"].item()
         if t > 1 and (t - 1) % every == 0:
             if not literal:
-                torch._foreach_mul_(local(M2), b3)
-            torch._foreach_add_(local(M2), local(total), alpha=b3 if literal else (1 - b3) / every)
-            torch._foreach_zero_(local(total))
-            torch._foreach_copy_(local(O2), self._orthogonal(group, M2, params))
-        torch._foreach_add_(local(total), grads)
+                torch._foreach_mul_(M2, b3)
+            torch._foreach_add_(M2, total, alpha=b3 if literal else (1 - b3) / every)
+            torch._foreach_zero_(total)
+            torch._foreach_copy_(O2, self._orthogonal(group, self._buffers(params, "slow"), params))
+        torch._foreach_add_(total, grads)
         if literal:
-            torch._foreach_add_(local(M1), grads, alpha=b1)
+            torch._foreach_add_(M1, grads, alpha=b1)
         else:
-            torch._foreach_lerp_(local(M1), grads, 1 - b1)
-            torch._foreach_mul_(local(V), b2)
-        torch._foreach_addcmul_(local(V), grads, grads, value=b2 if literal else 1 - b2)
-        U = self._orthogonal(group, M1, params)
-        torch._foreach_add_(U, local(O2), alpha=group["alpha"])
-        below = torch._foreach_div(local(V), 1.0 if literal else 1 - b2**t)
+            torch._foreach_lerp_(M1, grads, 1 - b1)
+            torch._foreach_mul_(V, b2)
+        torch._foreach_addcmul_(V, grads, grads, value=b2 if literal else 1 - b2)
+        U = self._orthogonal(group, self._buffers(params, "fast"), params)
+        torch._foreach_add_(U, O2, alpha=group["alpha"])
+        below = torch._foreach_div(V, 1.0 if literal else 1 - b2**t)
         torch._foreach_add_(below, group["eps"])
         torch._foreach_sqrt_(below)
         torch._foreach_div_(U, below)
@@ -535,11 +524,15 @@ class M3(BatchedOptimizer):
         return U
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Bookkeeping
+
+
 class Accumulate(torch.optim.Optimizer):
-    """Gradients of parameters that move once in `period` steps (`slow_groups`), in an optimizer's clothes.
+    """Adds up gradients of parameters that move once in `period` steps (`hope.slow_groups`).
 
     Its step comes before that of the optimizers that move them: it takes their gradients away, so that they are passed
-    over, and adds them up; at the end of every period the sum takes the gradient's place. ValueError for a period below 1.
+    over; at the end of every period the sum takes the gradient's place. ValueError for a period below 1.
     """
 
     def __init__(self, params: Any, period: int = 1):
@@ -551,9 +544,7 @@ class Accumulate(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
                     state["step"], state["sum"] = torch.zeros(()), torch.zeros_like(p)
@@ -567,13 +558,12 @@ class Accumulate(torch.optim.Optimizer):
 
 
 class EMA(torch.optim.Optimizer):
-    """Exponential moving average of weights, in an optimizer's clothes: what saves optimizers saves it too.
+    """Keeps an exponential moving average of weights, in state["average"]; its step comes after those of the others.
 
-    Takes its step after the others. Early on it averages over fewer steps than `decay` says, else it would remember
-    the random start for long.
+    Early on it averages over fewer steps than `decay` says, else it would remember the random start for long.
     """
 
-    def __init__(self, params: Iterable[Tensor], decay: float):
+    def __init__(self, params: Any, decay: float):
         super().__init__(params, {"decay": decay})
 
     @torch.no_grad()

@@ -42,9 +42,7 @@ def test_cms_writes_pay_on_held_out_text_and_on_text_of_another_kind(tmp_path, m
             config = train.TrainConfig(seed=seed, out=f"{seed}-{writes}", eval_every=200, save_every=200)
             model_config = hope.HopeConfig.preset("tiny", vocab_size=256, **({} if writes else {"cms_rate": (0.0,)}))
             assert train.train(config, model_config) == 0
-            model = hope.Hope(model_config)
-            run = train.Run(Path(config.out))
-            run.load(run.saved()[-1], model)
+            _, model, _, _ = train.trained(Path(config.out), "cpu")
             for name, text in texts.items():
                 if writes:
                     row[name, "writes on"] = bits_per_byte(model, text)

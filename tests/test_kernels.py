@@ -1,11 +1,12 @@
 """`dgd_chunk` is its token loop: values and gradients, at every legal gate, on repeated keys and ragged tails."""
 
 import itertools
+import os
 
 import pytest
 import torch
 
-from kernels import dgd_chunk, dgd_loop
+from kernels import dgd_chunk, dgd_loop, using
 
 
 def inputs(c, o=5, i=4, momentum=True, lead=(3,), dtype=torch.float64, gate=None, repeated=False):
@@ -136,3 +137,17 @@ def test_second_derivatives_equal_those_of_the_token_loop(momentum):
         grads.append(torch.autograd.grad(sum(z.square().sum() for z in first), list(args.values())))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("before", [None, "auto"])
+def test_a_choice_of_kernels_lasts_as_long_as_its_block(monkeypatch, before):
+    if before is None:
+        monkeypatch.delenv("HOPE_KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("HOPE_KERNELS", before)
+    with pytest.raises(KeyError), using("reference"):
+        assert os.environ["HOPE_KERNELS"] == "reference"
+        raise KeyError
+    assert os.environ.get("HOPE_KERNELS") == before
+    with pytest.raises(ValueError, match="'fast'.*auto, reference, triton"), using("fast"):
+        pass

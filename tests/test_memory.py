@@ -14,7 +14,7 @@ import hope
 
 def random_memory(**fields):
     torch.manual_seed(0)
-    memory = hope.Memory(hope.MemoryConfig(**{**dict(d_model=6, n_head=2, chunk=3, chunk_proj=3), **fields})).double()
+    memory = hope.Memory(**{**dict(d_model=6, n_head=2, chunk=3, chunk_proj=3), **fields}).double()
     with torch.no_grad():
         for p in memory.parameters():
             p += 0.3 * torch.randn_like(p)
@@ -253,7 +253,7 @@ def test_linear_presets_do_not_depend_on_the_chunk():
 def test_attention_is_kernel_regression_over_its_window(window):
     """Eqs. 62 and 63: y_t minimises sum_i s(k_i, q_t) |v_i - y|^2 over the tokens it sees."""
     torch.manual_seed(0)
-    memory = hope.Memory(hope.MemoryConfig.preset("attention", d_model=4, n_head=1, conv=0, window=window)).double()
+    memory = hope.Memory.preset("attention", d_model=4, n_head=1, conv=0, window=window).double()
     assert isinstance(memory, hope.Attention)
     memory.to_y = None  # the read itself
     x = torch.randn(1, 7, 4, dtype=torch.float64)
@@ -279,6 +279,22 @@ def test_compiled_chunks_equal_the_others():
         y.square().sum().backward()
     for p, q in zip(plain.parameters(), compiled.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_layer_takes_one_line():
+    by_keyword = hope.Memory(d_model=16, n_head=2, chunk=8)
+    assert by_keyword.config == hope.MemoryConfig(d_model=16, n_head=2, chunk=8)
+    assert hope.Memory(by_keyword.config, chunk=4).config == hope.MemoryConfig(d_model=16, n_head=2, chunk=4)
+    for name in hope.MemoryConfig.PRESETS:
+        torch.manual_seed(0)
+        layer = hope.Memory.preset(name, d_model=16, n_head=2)
+        torch.manual_seed(0)
+        same = hope.make_layer(hope.MemoryConfig.preset(name, d_model=16, n_head=2))
+        assert type(layer) is type(same) is (hope.Attention if name == "attention" else hope.Memory)
+        x = torch.randn(1, 5, 16)
+        assert layer(x)[0].shape == (1, 5, 16) and torch.equal(layer(x)[0], same(x)[0])
+    with pytest.raises(ValueError, match="use hope.make_layer or Memory.preset"):
+        hope.Memory(depth=0, adaptive=())
 
 
 def test_bad_configurations_say_what_is_allowed():

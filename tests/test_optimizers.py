@@ -600,7 +600,10 @@ def test_other_settings_are_refused_by_name():
             lambda: optim.PreconditionedMomentum(params, preconditioner="full"),
             "preconditioner is full; allowed: identity, diagonal",
         ),
-        (lambda: optim.PreconditionedMomentum([nn.Parameter(torch.zeros(3))], preconditioner="kronecker"), "of 2 dimen"),
+        (
+            lambda: optim.PreconditionedMomentum([nn.Parameter(torch.zeros(3))], preconditioner="kronecker"),
+            "of 2 dimen",
+        ),
         (lambda: optim.DeepMomentum(params, output="sign"), "output is sign; allowed: linear, tanh, orthogonal"),
         (lambda: optim.M3(params, betas=(0.9, 0.9)), "allowed: three"),
         (lambda: optim.M3(params, betas=(0.9, 1.0, 0.9)), "below 1 unless literal"),
@@ -609,6 +612,13 @@ def test_other_settings_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+    with pytest.raises(TypeError, match="M3 has no nesterov; it has: lr, betas"):
+        optim.M3(params, nesterov=True)
+    assert optim.M3(params, 0.5, (0.9, 0.8, 0.7)).param_groups[0]["betas"] == (
+        0.9,
+        0.8,
+        0.7,
+    )  # in order, as with torch's
     optimizer = optim.M3(params[:1])
     with pytest.raises(ValueError):
         optimizer.add_param_group({"params": params[1:], "every": 0})

@@ -4,7 +4,11 @@ import re
 import tomllib
 from pathlib import Path
 
+import torch
 import yaml
+
+import hope
+import optim
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -29,8 +33,30 @@ def test_every_import_of_the_code_is_a_dependency():
 
     for name in ("hope", "kernels", "optim", "train"):
         source = (ROOT / f"{name}.py").read_text()
-        used = set(re.findall(r"^(?:import|from) (\w+)", source, re.M)) - sys.stdlib_module_names - {"hope", "kernels", "optim"}
+        used = (
+            set(re.findall(r"^(?:import|from) (\w+)", source, re.M))
+            - sys.stdlib_module_names
+            - {"hope", "kernels", "optim"}
+        )
         assert used <= listed, (name, used - listed)
+
+
+def test_the_version_has_one_source():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in PROJECT["dynamic"] and settings["tool"]["setuptools"]["dynamic"]["version"] == {
+        "attr": "hope.__version__"
+    }
+    # A plain text, so that building the package need not import torch.
+    assert re.search(rf'^__version__ = "{re.escape(hope.__version__)}"', (ROOT / "hope.py").read_text(), re.M)
+
+
+def test_what_modules_offer_exists_and_is_what_a_star_imports():
+    for module in (hope, optim):
+        assert len(set(module.__all__)) == len(module.__all__) and all(hasattr(module, name) for name in module.__all__)
+    assert {"Hope", "Memory", "HopeConfig", "load", "levels"} <= set(hope.__all__)
+    assert set(optim.__all__) == {c.__name__ for c in vars(optim).values() if isinstance(c, type) and c.__module__ == "optim"
+                                  and issubclass(c, torch.optim.Optimizer)} - {"Batched"}  # fmt: skip
+    assert "import hope" not in (ROOT / "optim.py").read_text() and "import optim" not in (ROOT / "hope.py").read_text()
 
 
 def test_top_level_modules_are_the_three():

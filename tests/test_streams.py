@@ -3,6 +3,7 @@
 import math
 import resource
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -319,6 +320,62 @@ def test_a_truncated_backward_keeps_no_more_for_a_longer_stream():
         return most
 
     assert most_held(60) < 1.1 * most_held(24)
+
+
+def two_passes(model, x, y, **how):
+    """What `truncate` does, by a pass to the deltas and another to the parameters for every segment."""
+    learn = hope.Hope._learn
+
+    def apart(self, segment, before, cms, t, lesson):
+        plain = replace(lesson, truncate=False)
+        losses, memories, new = learn(self, segment, before, cms, t, plain)  # by autograd.grad
+        lesson.backward(losses)
+        return losses, memories, new
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hope.Hope, "_learn", apart)
+        return model.observe(x, y, backward=True, truncate=True, **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"reduction": "mean"}, {"surprise": 2.9}, {"levels": [1]}])
+@pytest.mark.parametrize("fields", [{}, {"arch": "hope-attention"}, {"wiring": "nested"}, {"learn_rates": False}])
+def test_one_backward_a_segment_gives_what_two_give(fields, how):
+    how = {"reduction": "none", **how}
+    x, y, got = tokens(2, 27), tokens(2, 27, seed=1), []
+    y[0, 3:9] = -100
+    for run in (lambda m: m.observe(x, y, backward=True, truncate=True, **how), lambda m: two_passes(m, x, y, **how)):
+        model = random_model(small_config(**fields))
+        loss, state = run(model)
+        got.append((loss, flat(state), [p.grad for p in model.parameters()]))
+    exact = how["reduction"] == "none"
+    for a, b in zip(*[[loss, *state, *(g for g in grads if g is not None)] for loss, state, grads in got], strict=True):
+        assert torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_one_backward_a_segment_is_one(monkeypatch):
+    model, calls = random_model(small_config()), []
+    grad, backward = torch.autograd.grad, torch.Tensor.backward
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append("grad") or grad(*a, **k))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: calls.append("backward") or backward(*a, **k))
+    x = tokens(2, 18)
+    model.observe(x, x, backward=True, truncate=True)
+    assert calls == ["backward"] * 3
+    calls.clear()  # a segment begun by an earlier call has gone back through its losses: there it takes two
+    _, state = model.observe(x[:, :4], x[:, :4], backward=True, truncate=True)
+    model.observe(x[:, 4:6], x[:, 4:6], state, backward=True, truncate=True)
+    assert calls == ["backward", "grad", "backward"]
+
+
+@pytest.mark.parametrize("cuts", [[2], [6, 7, 13], [4, 8, 20]])
+def test_a_truncated_backward_moves_the_cms_alike_however_the_stream_is_cut(cuts):
+    x, y = tokens(2, 23), tokens(2, 23, seed=1)
+    whole, end = random_model(small_config()).observe(x, y, backward=True, truncate=True, reduction="none")
+    model, state, losses = random_model(small_config()), None, []
+    for a, b in zip(cut(x, cuts), cut(y, cuts)):
+        loss, state = model.observe(a, b, state, backward=True, truncate=True, reduction="none")
+        losses.append(loss)
+    torch.testing.assert_close(torch.cat(losses, 1), whole)
+    assert_states_equal(state, end)
 
 
 def test_a_truncated_backward_needs_a_backward():

@@ -20,7 +20,7 @@ BATCH, WIDTH, HEADS = 2, 256, 4
 
 def layer(preset: str, **fields) -> torch.nn.Module:
     torch.manual_seed(0)
-    return hope.Memory(hope.MemoryConfig.preset(preset, d_model=WIDTH, n_head=HEADS, **fields))
+    return hope.Memory.preset(preset, d_model=WIDTH, n_head=HEADS, **fields)
 
 
 def neural_memory() -> torch.nn.Module | None:
