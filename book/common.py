@@ -34,10 +34,11 @@ def argmin(objective: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     return (anywhere - torch.linalg.solve(hessian, slope)).view_as(like)
 
 
-def routed(preset: str, d: int, **settings: Any) -> hope.Memory:
+def routed(preset: str, d: int, **settings: Any) -> hope.Memory | hope.Attention:
     """A layer of hope without positions whose tokens [a; b; c] have key a, value b, query c, each of width d."""
     settings = {"conv": 0, "project": False, "rotary": False, "qk_norm": False, **settings}
-    layer = hope.Memory(hope.MemoryConfig.preset(preset, d_model=3 * d, n_head=1, **settings)).requires_grad_(False)
+    layer = hope.make_layer(hope.MemoryConfig.preset(preset, d_model=3 * d, n_head=1, **settings))
+    layer.requires_grad_(False)
     for i, to in enumerate((layer.to_k, layer.to_v, layer.to_q)):
         for p in to.parameters():
             p.zero_()
