@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import hope
@@ -70,11 +69,6 @@ def tensors(state: Any) -> list[Tensor]:
 def rms(x: Tensor, weight: Tensor) -> Tensor:
     """RMS norm, written out. x: (..., d), weight: (d,)"""
     return weight * x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
-
-
-def mlp(level: hope.MLP, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """A CMS block of kind silu, x + W_out silu(W_in norm(x)), at given weights. x: (..., d)"""
-    return x + F.silu(rms(x, level.norm.weight) @ w_in.T) @ w_out.T
 
 
 def spread(ax: Any, x: Any, runs: Tensor, band: bool = True, **style: Any) -> None:
