@@ -1,4 +1,4 @@
-"""What several chapters of the book share: colours, comparisons, small models, reference loops and plots.
+"""What several chapters of the book share: colours, comparisons, small layers, a small world, and plots.
 
 A notebook imports it from its own folder. Chapters 1 to 9 stand alone; those from 10 on use this.
 """
