@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from kernels import chunk_gates, dgd_chunk, memory_scan, scans, uses_triton
+from kernels import EPS, chunk_gates, dgd_chunk, memory_scan, scans, uses_triton
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = [
@@ -91,11 +91,19 @@ class MemoryConfig:
     objective: Literal["dot", "l2"] = setting("l2", "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2")
     rule: Literal["gd", "dgd"] = setting("dgd", "inner optimizer: gradient descent or delta gradient descent (eq. 88)")
     step: Literal["exact", "mean", "one"] = setting(
-        "exact", "inner step: exact is eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is eta / chunk; one is always 1"
+        "exact",
+        "inner step: exact is beta eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is that divided by the chunk; one is 1",
+    )
+    beta: float = setting(
+        1.0, "what an inner step tends to, times 1 / |x|^2; up to 2, which lets the delta rule change signs"
     )
     momentum: bool = setting(True, "momentum on the inner gradient, with a learnt gate theta")
     decay: Literal["gate", "fixed", "none"] = setting(
         "gate", "retention alpha: a learnt gate, a fixed number for every head (RetNet's), or none: all is kept"
+    )
+    decay_first: bool = setting(
+        False,
+        "the delta term erases what decay has left, alpha (M - eta' M x x^T); off: alpha M - eta' M x x^T (eq. 88)",
     )
     adaptive: tuple[str, ...] = setting(
         ("k", "v", "eta", "alpha"), "which of k, v, q, eta, alpha are read from memories that are written too"
@@ -110,6 +118,9 @@ class MemoryConfig:
     qk_norm: bool = setting(True, "l2-normalise keys and queries")
     value_norm: bool = setting(True, "l2-normalise self-generated values and rescale them by a learnt factor")
     memory_norm: bool = setting(False, "MLP memories with a layer norm inside: x + norm(W1 silu(W2 x))")
+    spread: float = setting(
+        0.0, "MLP memories: standard deviation of W2 k for a unit key k, at the start; 0 for 1 / sqrt(head width)"
+    )
     expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width")
     rotary: bool = setting(False, "rotary positions on keys and queries")
     project: bool = setting(
@@ -123,14 +134,14 @@ class MemoryConfig:
     rope_theta: float = setting(10000.0, "rotary positions: base of the frequencies")
 
     LINEAR = dict(depth=1, objective="dot", momentum=False, decay="none", adaptive=(), self_values=False, read="after")
-    DEEP = dict(rule="gd", step="mean", adaptive=(), self_values=False, memory_norm=True)
+    DEEP = dict(rule="gd", step="mean", adaptive=(), self_values=False, chunk=16, chunk_proj=16, spread=1.0)
     PRESETS = {
         "hope": {},
         "linear-attention": dict(LINEAR, rule="gd", step="one"),
         "retnet": dict(LINEAR, rule="gd", step="one", decay="fixed", rotary=True),
         "deltanet": LINEAR,
-        "gated-deltanet": dict(LINEAR, decay="gate"),
-        "ttt": dict(DEEP, momentum=False, decay="none", read="after", expand=4),
+        "gated-deltanet": dict(LINEAR, decay="gate", decay_first=True),
+        "ttt": dict(DEEP, momentum=False, decay="none", read="after", memory_norm=True, expand=4),
         "titans": DEEP,
         "dla": dict(DEEP, objective="dot", momentum=False),
         "attention": dict(depth=0, adaptive=(), rotary=True),
@@ -158,6 +169,8 @@ class MemoryConfig:
              "adaptive names alpha, which this memory does not have; leave it out of adaptive"),
             (self.n_kv_head >= 0 and self.n_head % (self.n_kv_head or 1) == 0,
              f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself"),
+            (0 < self.beta <= 2, f"beta is {self.beta}; allowed: above 0, up to 2, beyond which writes overshoot"),
+            (self.spread >= 0, f"spread is {self.spread}; it cannot be negative"),
             (self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be above 0"),
             (self.depth == 0 or not (self.n_kv_head or self.bias),
              f"n_kv_head and bias are for softmax attention, but depth is {self.depth}; set depth=0"),
@@ -204,7 +217,7 @@ class HopeConfig:
     mlp: Literal["silu", "swiglu", "gelu"] = setting("silu", "kind of MLP; gelu is its tanh form")
     mlp_bias: bool = setting(False, "biases in the MLPs; they are not written in context")
     norm: Literal["rms", "layer"] = setting("rms", "norm in front of every layer; layer is LayerNorm, with a bias")
-    norm_eps: float = setting(0.0, "what the norms add to the mean square; 0 for torch's default")
+    norm_eps: float = setting(1e-3, "what the norms add to the mean square")
     n_position: int = setting(0, "learnt absolute positions, and so the longest stream; 0 for none")
     tied: bool = setting(False, "the output head is the embedding")
     inner_grad: Literal["first-order", "full"] = setting(
@@ -475,13 +488,24 @@ def rotate(x: Tensor, start: int, theta: float = 10000.0) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def unit(x: Tensor) -> Tensor:
+    """x: (..., e) at length 1, or times 1 / `kernels.EPS` where it is shorter than that: what is 0 has a gradient."""
+    return F.normalize(x, dim=-1, eps=EPS)
+
+
+def layer_norm(y: Tensor) -> tuple[Tensor, Tensor]:
+    """y: (..., e) with mean 0 and spread 1, or less where its own was not far above EPS; and what it was divided by."""
+    std = (y.var(-1, correction=0, keepdim=True) + EPS**2).sqrt()
+    return (y - y.mean(-1, keepdim=True)) / std, std
+
+
 def apply_memory(layers: Sequence[Tensor], x: Tensor, norm: bool = False) -> Tensor:
     """Read memories of weights (b, h, n, o, i) at x (b, h, n or 1, c, i): M x, or x + W1 silu(W2 x) (eq. 89)."""
     if len(layers) == 1:
         return x @ layers[0].mT
     w2, w1 = layers
     y = F.silu(x @ w2.mT) @ w1.mT
-    return x + (F.layer_norm(y, y.shape[-1:]) if norm else y)
+    return x + (layer_norm(y)[0] if norm else y)
 
 
 def inner_gradients(
@@ -497,7 +521,7 @@ def inner_gradients(
     hidden = z * gate
     out = y = hidden @ w1.mT
     if norm:
-        y, std = F.layer_norm(y, y.shape[-1:]), (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        y, std = layer_norm(y)
     d1 = k + y - v if objective == "l2" else -v
     if norm:  # through the layer norm
         d1 = (d1 - d1.mean(-1, keepdim=True) - y * (d1 * y).mean(-1, keepdim=True)) / std
@@ -561,7 +585,7 @@ class SequenceLayer(nn.Module):
         if self.to_y is None:
             return rearrange(y, "b h t e -> b t (h e)")
         if self.y_norm is not None:
-            y = F.rms_norm(y, y.shape[-1:]) * self.y_norm
+            y = unit(y) * y.shape[-1] ** 0.5 * self.y_norm
         return self.to_y(rearrange(y, "b h t e -> b t (h e)").to(self.to_y.weight.dtype))
 
 
@@ -584,6 +608,16 @@ class Memory(SequenceLayer):
     eta / (1 + eta |x|^2); momentum averages the inner gradient (weights theta and 1 - theta: with the gradient frozen
     over a chunk, a sum would overshoot by 1 / (1 - theta)) and leaves the delta term alone; self-generated values are
     l2-normalised and rescaled by a learnt factor, without which a model writes ever larger targets for itself.
+
+    Plain gradient descent (ttt, titans, dla) has no delta term to bound it. c gradients that are all taken at the
+    chunk's start add up, and a layer's loss has curvature |x|^2 along its input x: if c eta' |x|^2 is above 2, a chunk
+    overshoots by more than the error it began with, and the next by more again. With `step="mean"` it is at most 1.
+    (TTT, too, averages over its mini-batch, and divides its rate by the head width, about |x|^2.)
+    A layer norm in the memory does not go with decay, which is why TTT has it and Titans does not: y = x + LN(W1 h)
+    depends on the direction of W1 only, so its gradient is G / |W1|, at a right angle to W1, and a token takes |W1|^2 to
+    alpha^2 |W1|^2 + (eta' G / |W1|)^2. Decay lets it fall until |W1|^4 = (eta' G)^2 / (1 - alpha^2), where a token turns
+    W1 by eta' G / |W1|^2 = (1 - alpha^2)^(1/2), 0.19 for the alpha of the start, *whatever eta is*: by 12 within a chunk
+    of 64, in which gradients stand still. So gradients through the chunks multiply, 5e7 at 2,048 tokens.
     """
 
     def __init__(self, config: MemoryConfig | None = None, **settings: Any):
@@ -630,7 +664,7 @@ class Memory(SequenceLayer):
         if self.config.depth == 1:
             self.start[f"{part}_0"] = nn.Parameter(torch.zeros(h, n, e, e))
         else:
-            self.start[f"{part}_0"] = nn.Parameter(torch.randn(h, n, hidden, e) / math.sqrt(e))
+            self.start[f"{part}_0"] = nn.Parameter(torch.randn(h, n, hidden, e) * (self.config.spread or e**-0.5))
             self.start[f"{part}_1"] = nn.Parameter(torch.randn(h, n, e, hidden) / math.sqrt(hidden) * 0.3)
         if self.config.self_values and self.config.value_norm:
             self.start[f"{part}_scale"] = nn.Parameter(torch.ones(h, n, 1, 1))
@@ -683,7 +717,7 @@ class Memory(SequenceLayer):
                 streams[name] = self._heads(x, to)
         for name in ("u", "k", "q"):  # in this order, so that gradients are summed alike in every process
             if name in streams and c.qk_norm:
-                streams[name] = F.normalize(streams[name], dim=-1)
+                streams[name] = unit(streams[name])
             if name in streams and c.rotary and name != "u":
                 streams[name] = rotate(streams[name], t, c.rope_theta)
         for name, gate in self.gates.items():
@@ -701,7 +735,7 @@ class Memory(SequenceLayer):
     def _scan(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
         """Tokens from time t on: in one launch, or in spans whose inner states the backward pass recomputes."""
         c, some = self.config, next(iter(streams.values()))
-        if scans(some, c.d_head):
+        if not c.decay_first and c.beta == 1 and scans(some, c.d_head):
             return self._launch(streams, groups, t)
         lengths = piece_lengths(0, some.shape[2], [c.remat * c.chunk] if c.remat else [])
         spans, ys = cut_streams(streams, lengths), []
@@ -757,6 +791,8 @@ class Memory(SequenceLayer):
             streams = {**streams, **self._adaptive_reads(streams["u"], groups.get("proj", groups["main"]).anchor)}
         k, v, q, eta, alpha = (streams[name].unsqueeze(2) for name in ("k", "v", "q", "eta", "alpha"))
         theta = streams["theta"].unsqueeze(2) if c.momentum else None
+        if c.decay_first:  # gradients are divided by alpha below; so little of a state is as good as nothing
+            alpha = alpha.clamp(min=1e-3)
         gates = None if uses_triton(k) else chunk_gates(alpha, theta, ema=True)  # kernels make their own
         written, inner_read = {}, None
         for name, group in groups.items():
@@ -764,9 +800,10 @@ class Memory(SequenceLayer):
             now, momentum = [], []
             gradients = inner_gradients(group.anchor, k, self._values(name, group, v), c.objective, c.memory_norm)
             for layer, (x, Wx, gradient) in enumerate(gradients):
-                step = eta / c.chunk if c.step == "mean" else eta
-                if c.step == "exact":
-                    step = eta / (1 + eta * x.square().sum(-1))
+                step = eta if c.step == "one" else c.beta * eta / (1 + eta * x.square().sum(-1))
+                step = step / c.chunk if c.step == "mean" else step
+                if c.decay_first:  # erase alpha M x, but write as much as ever
+                    step, gradient = alpha * step, gradient / alpha.unsqueeze(-1)
                 weights, m, query = dgd_chunk(
                     group.now[layer], x, gradient, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
                     m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=gates, readers=1,
@@ -783,7 +820,7 @@ class Memory(SequenceLayer):
         elif c.depth == 1:
             y = inner_read
         else:
-            y = q + (F.layer_norm(inner_read, inner_read.shape[-1:]) if c.memory_norm else inner_read)
+            y = q + (layer_norm(inner_read)[0] if c.memory_norm else inner_read)
         return y.squeeze(2), written
 
     def _adaptive_reads(self, u: Tensor, anchor: list[Tensor]) -> dict[str, Tensor]:
@@ -794,7 +831,7 @@ class Memory(SequenceLayer):
             if name in self.gates:
                 found[name] = GATES[name](self.gates[name](read))
             elif name != "v" and self.config.qk_norm:
-                found[name] = F.normalize(read, dim=-1)
+                found[name] = unit(read)
         return found
 
     def _values(self, name: str, group: Weights, v: Tensor) -> Tensor:
@@ -802,7 +839,7 @@ class Memory(SequenceLayer):
         if not self.config.self_values:
             return v
         own, scale = apply_memory(group.anchor, v, self.config.memory_norm), self._value_scale(name)  # eq. 84
-        return own if scale is None else scale * F.normalize(own, dim=-1)
+        return own if scale is None else scale * unit(own)
 
 
 @cache
@@ -842,7 +879,7 @@ class Attention(SequenceLayer):
         x, tail = causal_conv(self.conv, x, state.tail)
         q, k, v = (self._heads(x, to) for to in (self.to_q, self.to_k, self.to_v))
         if c.qk_norm:
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, k = unit(q), unit(k)
         q = q * self.scale
         if c.rotary:
             q, k = rotate(q, state.t, c.rope_theta), rotate(k, state.t, c.rope_theta)
@@ -878,8 +915,7 @@ class FastLinear(nn.Linear):
 
 
 def make_norm(config: HopeConfig) -> nn.Module:
-    eps = {"eps": config.norm_eps} if config.norm_eps else {}
-    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm](config.memory.d_model, **eps)
+    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm](config.memory.d_model, eps=config.norm_eps)
 
 
 class MLP(nn.Module):

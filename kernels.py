@@ -26,6 +26,11 @@ except ImportError:  # not for this platform: the reference does everything
     triton = tl = None
     jit = lambda fn: fn
 
+# Vectors shorter than this are not brought to length 1 (`hope.unit`), and spreads not to 1 (`hope.layer_norm`): small beside
+# the length of a key, about sqrt(head width), and of what a unit vector reads. So what is 0 gets its gradient times 10,
+# not times 1e12.
+EPS = 0.1
+
 
 def _segment_products(a: Tensor) -> Tensor:
     """Products of consecutive gates. a: (..., c) -> (..., c + 1, c + 1), entry [t, s] = a_{s+1} ... a_t, 0 for s > t.
@@ -1220,10 +1225,10 @@ def _apply(W, X, row, t, o, left, O, I, BI: tl.constexpr, PRECISION: tl.constexp
 
 
 @jit
-def _layer_norm(y, e, E):
-    """y (BE, BC) with mean 0 and variance 1 in every column, and the standard deviations it had."""
+def _layer_norm(y, e, E, eps: tl.constexpr = EPS):
+    """`hope.layer_norm` of the columns of y (BE, BC), and what it divided them by."""
     y = tl.where((e < E)[:, None], y - tl.sum(y, 0)[None, :] / E, 0.0)
-    std = tl.sqrt(tl.sum(y * y, 0) / E + 1e-5)
+    std = tl.sqrt(tl.sum(y * y, 0) / E + eps * eps)
     return y / std[None, :], std
 
 
@@ -1249,8 +1254,9 @@ def _mlp(W2, W1, X, row, z, hidden, t, e, left, E, H, NORM: tl.constexpr, BI: tl
 
 
 @jit
-def _normalized(y):
-    return y / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), 1e-12)[None, :]
+def _normalized(y, eps: tl.constexpr = EPS):
+    """`hope.unit` of every column."""
+    return y / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), eps)[None, :]
 
 
 @jit
@@ -1262,8 +1268,8 @@ def _gate(read, bias, head, X, t, e, left, E):
 
 @jit
 def _step(eta, x2, chunk, STEP: tl.constexpr):
-    """The inner step for inputs of squared length x2: the minimiser of eq. 56, an average over the chunk, or as it is."""
-    return eta / (1.0 + eta * x2) if STEP == "exact" else eta / chunk if STEP == "mean" else eta
+    """The inner step for inputs of squared length x2: the minimiser of eq. 56, its average over the chunk, or eta as it is."""
+    return eta if STEP == "one" else eta / (1.0 + eta * x2) / (chunk if STEP == "mean" else 1)
 
 
 @jit

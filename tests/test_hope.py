@@ -5,6 +5,7 @@ import math
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -216,9 +217,13 @@ def test_observe_with_gradients_equals_observe_without():
         torch.testing.assert_close(p.grad, g)
 
 
-def test_training_at_a_high_rate_stays_finite_and_bounded():
+@pytest.mark.parametrize(
+    "arch", ["hope", "titans", *(pytest.param(a, marks=pytest.mark.slow) for a in ("ttt", "dla", "gated-deltanet"))]
+)
+def test_training_at_a_high_rate_stays_finite_and_bounded(arch):
     torch.manual_seed(0)
-    config = small_config(vocab_size=32, d_model=32, n_head=2, cms=(32, 64, INF), chunk=16, chunk_proj=16)
+    cms = (32, 64, INF) if arch == "hope" else (INF,)
+    config = small_config(arch, vocab_size=32, d_model=32, n_head=2, cms=cms, chunk=16, chunk_proj=16)
     model = hope.Hope(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     g = torch.Generator().manual_seed(0)
@@ -233,6 +238,22 @@ def test_training_at_a_high_rate_stays_finite_and_bounded():
         losses.append(loss.item())
     assert all(map(math.isfinite, losses)) and sum(losses[-20:]) < 0.7 * sum(losses[:20])
     assert max(z.abs().max() for z in flat(state.memories)) < 20
+
+
+def gradient_norm(arch: str, t: int) -> float:
+    """Of the mean loss over t bytes of text, for a fresh tiny model whose head is not 0."""
+    torch.manual_seed(0)
+    model = hope.Hope(hope.HopeConfig.preset("tiny", arch))
+    torch.nn.init.normal_(model.head.weight, std=128**-0.5)
+    text = torch.tensor(list("".join(topics[name] for name in sorted(topics)).encode()[: t + 1]))[None]
+    model.observe(text[:, :-1], text[:, 1:], backward=True)
+    return sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None).sqrt().item()
+
+
+@pytest.mark.parametrize("t", [2048, pytest.param(8192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", list(hope.HopeConfig.ARCHS))
+def test_gradients_do_not_grow_with_the_stream(arch, t):
+    assert gradient_norm(arch, t) < 2 * gradient_norm(arch, 256)
 
 
 @pytest.mark.parametrize("arch", ["hope", "hope-attention", "transformer++"])

@@ -10,6 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hope
+from kernels import EPS
+
+
+def unit(z):
+    """z of length 1 along its last dimension, or 1 / EPS times z where that is less."""
+    return z / z.norm(dim=-1, keepdim=True).clamp(min=EPS)
 
 
 def random_memory(**fields):
@@ -32,7 +38,7 @@ def specification(memory, x):
     for h in range(c.n_head):
         cut = slice(h * e, (h + 1) * e)
         static = lambda to: x if to is None else (x @ to.weight.T)[:, cut]
-        unit = lambda z: z / z.norm() if c.qk_norm else z
+        key = lambda z: unit(z) if c.qk_norm else z
         now = {b: [memory.start[f"proj_{l}"][h, i] for l in depth] for i, b in enumerate(memory.adaptive)}
         rescaled = c.self_values and c.value_norm
         scale = {b: memory.start["proj_scale"][h, i] for i, b in enumerate(memory.adaptive)} if rescaled else {}
@@ -46,17 +52,17 @@ def specification(memory, x):
             if c.depth == 1:
                 return ws[0] @ z
             y = ws[1] @ F.silu(ws[0] @ z)
-            return z + (F.layer_norm(y, y.shape) if c.memory_norm else y)
+            return z + (F.layer_norm(y, y.shape, eps=EPS**2) if c.memory_norm else y)
 
         for t in range(len(x)):
             for b in now:
                 if t % (c.chunk if b == "main" else c.chunk_proj) == 0:
                     anchor[b] = now[b]
-            read = {b: run(anchor[b], unit(static(memory.to_u)[t])) for b in memory.adaptive}
+            read = {b: run(anchor[b], key(static(memory.to_u)[t])) for b in memory.adaptive}
             for b in ("k", "v", "q"):
                 if b not in read:
                     read[b] = static(getattr(memory, f"to_{b}"))[t]
-            k, v, q = unit(read["k"]), read["v"], unit(read["q"])
+            k, v, q = key(read["k"]), read["v"], key(read["q"])
 
             def gate(name):
                 g = memory.gates[name]
@@ -77,7 +83,7 @@ def specification(memory, x):
                 target = v
                 if c.self_values:
                     target = run(anchor[b], v)
-                    target = (scale[b] * F.normalize(target, dim=0)).squeeze() if rescaled else target
+                    target = (scale[b] * unit(target)).squeeze() if rescaled else target
                 start = [w.detach().requires_grad_() for w in anchor[b]]
                 out = run(start, k)
                 loss = 0.5 * (out - target.detach()).square().sum() if c.objective == "l2" else -(out @ target.detach())
@@ -86,21 +92,22 @@ def specification(memory, x):
                 new = []
                 for l in depth:
                     w, z = now[b][l], layer_inputs[l]
-                    step = {"exact": eta / (1 + eta * z @ z), "mean": eta / c.chunk, "one": eta}[c.step]
+                    exact = c.beta * eta / (1 + eta * z @ z)
+                    step = {"exact": exact, "mean": exact / c.chunk, "one": eta}[c.step]
                     write = -step * grads[l]
                     if c.momentum:
                         momentum[b][l] = theta * momentum[b][l] + (1 - theta) * write
                         write = momentum[b][l]
                     w_new = alpha * w + write
                     if c.rule == "dgd":
-                        w_new = w_new - step * torch.outer(w @ z, z)
+                        w_new = w_new - step * torch.outer((alpha if c.decay_first else 1) * w @ z, z)
                     new.append(w_new)
                 now[b] = new
             outputs.append(run({"token": before, "after": now["main"], "chunk": anchor["main"]}[c.read], q))
     y = torch.stack(outputs).view(c.n_head, len(x), e).transpose(0, 1)
     if memory.to_y is None:
         return y.flatten(1)
-    return (F.rms_norm(y, (e,)) * memory.y_norm.squeeze(1)).flatten(1) @ memory.to_y.weight.T
+    return (e**0.5 * unit(y) * memory.y_norm.squeeze(1)).flatten(1) @ memory.to_y.weight.T
 
 
 subsets = st.sets(st.sampled_from(["k", "v", "q", "eta", "alpha"])).map(lambda s: tuple(sorted(s)))
@@ -113,7 +120,7 @@ subsets = st.sets(st.sampled_from(["k", "v", "q", "eta", "alpha"])).map(lambda s
             depth=st.sampled_from([1, 2]), objective=st.sampled_from(["dot", "l2"]), rule=st.sampled_from(["gd", "dgd"]),
             momentum=st.booleans(), self_values=st.booleans(), adaptive=subsets, chunk=st.integers(1, 6),
             chunk_proj=st.integers(1, 6), read=st.sampled_from(["token", "after", "chunk"]), conv=st.sampled_from([0, 2, 4]),
-            qk_norm=st.booleans(),
+            qk_norm=st.booleans(), decay_first=st.booleans(), beta=st.sampled_from([0.5, 1.0, 2.0]),
         )
     ),
     t=st.integers(1, 9),
@@ -148,18 +155,17 @@ def test_the_papers_literal_form():
     scale["mem"] = memory.start["main_scale"][0, 0, 0, 0]
     run = lambda W, z: z + W[1] @ F.silu(W[0] @ z)
     for t in range(6):
-        x_t = F.normalize(x[0, t], dim=0)
-        q = F.normalize(memory.to_q.weight @ x[0, t], dim=0)
+        x_t, q = unit(x[0, t]), unit(memory.to_q.weight @ x[0, t])
         y = run(M["mem"], q)  # eq. 86
         torch.testing.assert_close(memory(x)[0][0, t], y)
-        k, v = F.normalize(run(M["k"], x_t), dim=0), run(M["v"], x_t)
+        k, v = unit(run(M["k"], x_t)), run(M["v"], x_t)
         eta = F.softplus(memory.gates["eta"].read[0, 0] @ run(M["eta"], x_t) + memory.gates["eta"].bias[0, 0])
         alpha = torch.sigmoid(
             memory.gates["alpha"].read[0, 0] @ run(M["alpha"], x_t) + memory.gates["alpha"].bias[0, 0]
         )
         new = {}
         for b, W in M.items():
-            target = scale[b] * F.normalize(run(W, v), dim=0)  # eq. 84
+            target = scale[b] * unit(run(W, v))  # eq. 84
             leaves = [w.detach().requires_grad_() for w in W]
             grads = torch.autograd.grad(0.5 * (run(leaves, k) - target.detach()).square().sum(), leaves)
             z = [k, F.silu(W[0] @ k)]
@@ -180,7 +186,7 @@ def literature(name, memory, x, chunk):
     for h in range(c.n_head):
         cut = slice(h * e, (h + 1) * e)
         q, k, v = ((x @ getattr(memory, f"to_{b}").weight.T)[:, cut] for b in "qkv")
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = unit(q), unit(k)
         gate = lambda g: x @ memory.gates[g].weight[h] + memory.gates[g].bias[h]
         reads = []
         if name == "linear-attention":  # Katharopoulos et al. 2020, without the normaliser: sum_s (q_t . k_s) v_s
@@ -190,21 +196,20 @@ def literature(name, memory, x, chunk):
             gamma = 1 - 2.0 ** (-5 - h)
             reads = [sum(gamma ** (t - s) * (q[t] @ k[s]) * v[s] for s in range(t + 1)) for t in range(len(x))]
         elif name in ("deltanet", "gated-deltanet"):
-            # Yang et al. 2024: S = alpha S (I - beta k k^T) + beta v k^T. Ours leaves alpha off the write's beta:
-            # the same with beta / alpha for beta and alpha v for v.
+            # Yang et al. 2024, 2025: S = alpha S (I - beta k k^T) + beta v k^T. Their beta is a sigmoid of a projection, and
+            # so is ours for unit keys, eta / (1 + eta) = sigmoid(log eta), with another curve from projection to log eta.
             S, eta = torch.zeros(e, e, dtype=x.dtype), F.softplus(gate("eta"))
             alpha = torch.sigmoid(gate("alpha")) if name == "gated-deltanet" else torch.ones(len(x), dtype=x.dtype)
             for t in range(len(x)):
-                beta = eta[t] / (1 + eta[t]) / alpha[t]
-                S = alpha[t] * S @ (torch.eye(e) - beta * torch.outer(k[t], k[t])) + beta * torch.outer(
-                    alpha[t] * v[t], k[t]
-                )
+                beta = eta[t] / (1 + eta[t] * k[t] @ k[t])
+                S = alpha[t] * S @ (torch.eye(e) - beta * torch.outer(k[t], k[t])) + beta * torch.outer(v[t], k[t])
                 reads.append(S @ q[t])
-        else:  # an MLP memory f(W; x) = x + LN(W1 silu(W2 x)), gradients at the chunk's start
+        else:  # an MLP memory f(W; x) = x + W1 silu(W2 x), TTT's with a layer norm; gradients at the chunk's start
+            norm = (lambda y: F.layer_norm(y, (e,), eps=EPS**2)) if name == "ttt" else lambda y: y
             now = [memory.start["main_0"][h, 0], memory.start["main_1"][h, 0]]
-            f = lambda W, z: z + F.layer_norm(W[1] @ F.silu(W[0] @ z), (e,))
+            f = lambda W, z: z + norm(W[1] @ F.silu(W[0] @ z))
             S = [torch.zeros_like(w) for w in now]
-            rate = F.softplus(gate("eta")) / chunk
+            eta = F.softplus(gate("eta"))
             for t in range(len(x)):
                 if t % chunk == 0:
                     W0 = [w.detach().requires_grad_() for w in now]
@@ -212,15 +217,18 @@ def literature(name, memory, x, chunk):
                 out = f(W0, k[t])
                 loss = -(out @ v[t]) if name == "dla" else 0.5 * (out - v[t]).square().sum()
                 grads = torch.autograd.grad(loss, W0)
+                # An average over the chunk of steps that end at the target if a layer's input is all that is written.
+                inputs = [k[t], F.silu(W0[0] @ k[t])]
+                grads = [eta[t] / (1 + eta[t] * z @ z) / chunk * g for z, g in zip(inputs, grads)]
                 if name == "ttt":  # Sun et al. 2024, mini-batch gradient descent, read after the step
-                    now = [w - rate[t] * g for w, g in zip(now, grads)]
+                    now = [w - g for w, g in zip(now, grads)]
                     before = now
                 elif name == "titans":  # Behrouz et al. 2025: momentum on the surprise, weight decay
                     theta, alpha = torch.sigmoid(gate("theta")[t]), torch.sigmoid(gate("alpha")[t])
-                    S = [theta * s - (1 - theta) * rate[t] * g for s, g in zip(S, grads)]
+                    S = [theta * s - (1 - theta) * g for s, g in zip(S, grads)]
                     now = [alpha * w + s for w, s in zip(now, S)]
                 else:  # deep linear attention: dot-product objective, weight decay
-                    now = [torch.sigmoid(gate("alpha")[t]) * w - rate[t] * g for w, g in zip(now, grads)]
+                    now = [torch.sigmoid(gate("alpha")[t]) * w - g for w, g in zip(now, grads)]
                 reads.append(f(before, q[t]))
         heads.append(torch.stack(reads))
     return torch.cat(heads, -1)
@@ -249,6 +257,29 @@ def test_linear_presets_do_not_depend_on_the_chunk():
         torch.testing.assert_close(ys[2], ys[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "change, lowest, negative",
+    [({}, 0.0, False), (dict(beta=2.0), -0.9, True), (dict(decay_first=False), -0.9, True)],
+)
+def test_gated_deltanet_keeps_the_sign_of_what_it_holds_unless_told_otherwise(change, lowest, negative):
+    """A token multiplies what the state answers at its key by alpha (1 - beta): in (0, 1) as published, which no parity
+    can be counted with; down to -1 with beta up to 2, or where alpha leaves the delta term alone. At gates of 0 and 1 too."""
+    memory = hope.Memory(hope.MemoryConfig.preset("gated-deltanet", d_model=4, n_head=1, conv=0, **change)).double()
+    x, factors = torch.randn(1, 1, 4, dtype=torch.float64), []
+    with torch.no_grad():
+        memory.to_v.weight.zero_()  # nothing is written
+        memory.start["main_0"].normal_()
+        k = unit(memory.to_k(x))[0, 0]
+        for eta, alpha in itertools.product((-20.0, 0.0, 4.0, 20.0), (-1000.0, -4.0, 0.0, 4.0, 20.0)):
+            memory.gates["eta"].bias.fill_(eta)
+            memory.gates["alpha"].bias.fill_(alpha)
+            _, state = memory(x)
+            before, after = memory.start["main_0"][0, 0] @ k, state.main.now[0][0, 0, 0] @ k
+            factors.append(((after @ before) / (before @ before)).item())
+    assert -1 <= min(factors) and max(factors) <= 1 and max(factors) > 0.99
+    assert min(factors) < lowest if negative else min(factors) >= lowest
+
+
 @pytest.mark.parametrize("window", [0, 1, 3])
 def test_attention_is_kernel_regression_over_its_window(window):
     """Eqs. 62 and 63: y_t minimises sum_i s(k_i, q_t) |v_i - y|^2 over the tokens it sees."""
@@ -257,7 +288,6 @@ def test_attention_is_kernel_regression_over_its_window(window):
     assert isinstance(memory, hope.Attention)
     memory.to_y = None  # the read itself
     x = torch.randn(1, 7, 4, dtype=torch.float64)
-    unit = lambda z: F.normalize(z, dim=-1)
     q = hope.rotate(unit(memory.to_q(x)) * memory.scale[0], 0)[0]
     k, v = hope.rotate(unit(memory.to_k(x)), 0)[0], memory.to_v(x)[0]
     for t, y in enumerate(memory(x)[0][0]):
@@ -297,6 +327,30 @@ def test_a_layer_takes_one_line():
         hope.Memory(depth=0, adaptive=())
 
 
+@pytest.mark.parametrize("preset", list(hope.MemoryConfig.PRESETS))
+def test_tokens_that_are_0_do_not_blow_up_gradients(preset):
+    """A vector of 0 has no direction: what makes lengths or spreads 1 must not divide gradients by next to nothing."""
+    memory = hope.Memory.preset(preset, d_model=64, n_head=2, conv=0)
+    x, g, norms = torch.randn(1, 48, 64), torch.randn(1, 48, 64), []
+    for silent in (slice(0, 0), slice(0, None, 3), slice(0, None)):
+        z = x.clone()
+        z[:, silent] = 0
+        z.requires_grad_()
+        (memory(z)[0] * g).sum().backward()
+        norms.append(z.grad.norm())
+    assert max(norms) < 5e3 * norms[0]
+
+
+def test_retention_of_0_before_the_delta_term_is_legal():
+    memory = hope.Memory.preset("gated-deltanet", d_model=4, n_head=1, conv=0)
+    with torch.no_grad():
+        memory.gates["alpha"].bias.fill_(-1000.0)
+    y, state = memory(torch.randn(1, 5, 4))
+    y.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in memory.parameters() if p.grad is not None)
+    assert 1e-3 < state.main.now[0].abs().max() < 10
+
+
 def test_bad_configurations_say_what_is_allowed():
     for fields, message in (
         (dict(rule="sgd"), "rule is 'sgd'; allowed: gd, dgd"),
@@ -306,6 +360,8 @@ def test_bad_configurations_say_what_is_allowed():
         (dict(decay="none"), "adaptive names alpha"),
         (dict(project=False), "set n_head=1"),
         (dict(conv=-1), "neither can be negative"),
+        (dict(beta=3.0), "beta is 3.0; allowed: above 0, up to 2"),
+        (dict(spread=-1.0), "spread is -1.0; it cannot be negative"),
     ):
         with pytest.raises(ValueError, match=message):
             hope.MemoryConfig(**fields)
