@@ -88,8 +88,25 @@ class MemoryConfig:
     d_model: int = setting(128, "model width")
     n_head: int = setting(4, "heads; every head has memories of its own, d_model / n_head wide")
     depth: Literal[0, 1, 2] = setting(2, "0: softmax attention; 1: linear memory M x; 2: MLP x + W1 silu(W2 x), eq. 89")
-    objective: Literal["dot", "l2"] = setting("l2", "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2")
+    objective: Literal["dot", "l2"] = setting(
+        "dot",
+        "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2; beside the delta term dot is the delta rule, which leaves a "
+        "pair that is written again as it is, where l2 takes M k back twice: once by that term, once by its gradient",
+    )
     rule: Literal["gd", "dgd"] = setting("dgd", "inner optimizer: gradient descent or delta gradient descent (eq. 88)")
+    origin: Literal["start", "zero"] = setting(
+        "start",
+        "what decay and the delta term take an MLP memory's hidden layer back to: its start state, or 0; toward 0, the "
+        "features silu(W2 k) by which a value is found again shrink with every token and every write",
+    )
+    hidden_rate: float = setting(
+        0.1, "eta of an MLP memory's hidden layer, as a part of eta: what has been written is read through it"
+    )
+    spread: float = setting(
+        1.0,
+        "size of W2 k in the main memory at the start; far below 1, silu is linear, its output small, and a write hardly "
+        "shows in a read; 0 for 1 / sqrt(head width), as in the other memories, which are to change little",
+    )
     step: Literal["exact", "mean", "one"] = setting(
         "exact",
         "inner step: exact is beta eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is that divided by the chunk; one is 1",
@@ -108,6 +125,11 @@ class MemoryConfig:
     adaptive: tuple[str, ...] = setting(
         ("k", "v", "eta", "alpha"), "which of k, v, q, eta, alpha are read from memories that are written too"
     )
+    own_input: bool = setting(
+        True,
+        "every adaptive memory has an input projection of its own; with one for all, k and v are alike at the start, and a "
+        "key holds what its value does",
+    )
     self_values: bool = setting(True, "every memory generates the value it is written with (eq. 84)")
     chunk: int = setting(64, "tokens between two refreshes of the main memory's gradients")
     chunk_proj: int = setting(64, "the same for the memories that produce k, v, q, eta, alpha")
@@ -118,9 +140,6 @@ class MemoryConfig:
     qk_norm: bool = setting(True, "l2-normalise keys and queries")
     value_norm: bool = setting(True, "l2-normalise self-generated values and rescale them by a learnt factor")
     memory_norm: bool = setting(False, "MLP memories with a layer norm inside: x + norm(W1 silu(W2 x))")
-    spread: float = setting(
-        0.0, "MLP memories: standard deviation of W2 k for a unit key k, at the start; 0 for 1 / sqrt(head width)"
-    )
     expand: int = setting(1, "hidden width of an MLP memory, as a multiple of the head width")
     rotary: bool = setting(False, "rotary positions on keys and queries")
     project: bool = setting(
@@ -133,8 +152,11 @@ class MemoryConfig:
     y_norm: bool = setting(True, "normalise what a head reads before the projection out of the heads")
     rope_theta: float = setting(10000.0, "rotary positions: base of the frequencies")
 
-    LINEAR = dict(depth=1, objective="dot", momentum=False, decay="none", adaptive=(), self_values=False, read="after")
-    DEEP = dict(rule="gd", step="mean", adaptive=(), self_values=False, chunk=16, chunk_proj=16, spread=1.0)
+    LINEAR = dict(depth=1, momentum=False, decay="none", adaptive=(), self_values=False, read="after")
+    DEEP = dict(
+        objective="l2", rule="gd", step="mean", adaptive=(), self_values=False, chunk=16, chunk_proj=16,
+        origin="zero", hidden_rate=1.0,
+    )  # fmt: skip
     PRESETS = {
         "hope": {},
         "linear-attention": dict(LINEAR, rule="gd", step="one"),
@@ -170,7 +192,8 @@ class MemoryConfig:
             (self.n_kv_head >= 0 and self.n_head % (self.n_kv_head or 1) == 0,
              f"n_kv_head is {self.n_kv_head}; give a divisor of n_head {self.n_head}, or 0 for n_head itself"),
             (0 < self.beta <= 2, f"beta is {self.beta}; allowed: above 0, up to 2, beyond which writes overshoot"),
-            (self.spread >= 0, f"spread is {self.spread}; it cannot be negative"),
+            (self.spread >= 0 <= self.hidden_rate,
+             f"spread is {self.spread}, hidden_rate is {self.hidden_rate}; neither can be negative"),
             (self.rope_theta > 0, f"rope_theta is {self.rope_theta}; it must be above 0"),
             (self.depth == 0 or not (self.n_kv_head or self.bias),
              f"n_kv_head and bias are for softmax attention, but depth is {self.depth}; set depth=0"),
@@ -609,6 +632,13 @@ class Memory(SequenceLayer):
     over a chunk, a sum would overshoot by 1 / (1 - theta)) and leaves the delta term alone; self-generated values are
     l2-normalised and rescaled by a learnt factor, without which a model writes ever larger targets for itself.
 
+    Five choices decide whether a value is found again; tests/bench/recall.py --why shows them. The hidden layer makes
+    features, the output layer stores: decay and delta term take W2 back to its start state W2_0, not to 0 (`origin`),
+    W2' = W2_0 + (W2 - W2_0)(alpha I - eta' k k^T) - eta' grad k^T, so that silu(W2 k) outlasts writing and forgetting,
+    and it moves slowly (`hidden_rate`). In the main memory it starts as large as a silu needs (`spread`). The inner loss
+    is the dot product, with which a pair that is written again stays (`objective`). And k and v are not read at the same
+    input (`own_input`).
+
     Plain gradient descent (ttt, titans, dla) has no delta term to bound it. c gradients that are all taken at the
     chunk's start add up, and a layer's loss has curvature |x|^2 along its input x: if c eta' |x|^2 is above 2, a chunk
     overshoots by more than the error it began with, and the next by more again. With `step="mean"` it is at most 1.
@@ -629,11 +659,11 @@ class Memory(SequenceLayer):
         self.compiled = False  # whether complete chunks run through torch.compile, see `compile_parts`
         self.adaptive = [name for name in ("k", "v", "q", "eta", "alpha") if name in c.adaptive]
 
-        def projection(needed: bool) -> nn.Linear | None:
-            return nn.Linear(d, d, bias=False) if needed else None
-
-        self.to_k, self.to_v, self.to_q = (projection(name not in c.adaptive) for name in "kvq")
-        self.to_u = projection(bool(c.adaptive) and c.project)
+        self.to_k, self.to_v, self.to_q = (
+            nn.Linear(d, d, bias=False) if name not in c.adaptive else None for name in "kvq"
+        )
+        inputs = (len(c.adaptive) if c.own_input else min(1, len(c.adaptive))) if c.project else 0
+        self.to_u = nn.Linear(d, inputs * d, bias=False) if inputs else None
         # A gate is bias + <read, M(x)> per head if adaptive, bias + W x if not. At the start: remember, learn slowly.
         self.gates = nn.ModuleDict()
         for name, present, bias in (
@@ -664,7 +694,8 @@ class Memory(SequenceLayer):
         if self.config.depth == 1:
             self.start[f"{part}_0"] = nn.Parameter(torch.zeros(h, n, e, e))
         else:
-            self.start[f"{part}_0"] = nn.Parameter(torch.randn(h, n, hidden, e) * (self.config.spread or e**-0.5))
+            spread = (part == "main" and self.config.spread) or e**-0.5
+            self.start[f"{part}_0"] = nn.Parameter(torch.randn(h, n, hidden, e) * spread)
             self.start[f"{part}_1"] = nn.Parameter(torch.randn(h, n, e, hidden) / math.sqrt(hidden) * 0.3)
         if self.config.self_values and self.config.value_norm:
             self.start[f"{part}_scale"] = nn.Parameter(torch.ones(h, n, 1, 1))
@@ -673,17 +704,14 @@ class Memory(SequenceLayer):
         """Start states of a part's layers, each (h, n, o, i)."""
         return [self.start[f"{part}_{layer}"] for layer in range(self.config.depth)]
 
-    def _value_scale(self, group: str) -> Tensor | None:
-        """(h, n, 1, 1) what the self-generated values of a group are multiplied by."""
-        if not (self.config.self_values and self.config.value_norm):
-            return None
-        return torch.cat([self.start[f"{part}_scale"] for part in self.groups[group]], 1)
+    def _joined(self, group: str, name: int | str) -> Tensor:
+        """A layer's start state, or the values' "scale", of all memories of a group: (h, n, ...)."""
+        return torch.cat([self.start[f"{part}_{name}"] for part in self.groups[group]], 1)
 
     def _init_group(self, group: str, b: int) -> Weights | None:
         if group not in self.groups:
             return None
-        layers = zip(*(self.start_weights(part) for part in self.groups[group]))
-        now = [torch.cat(layer, 1).expand(b, -1, -1, -1, -1) for layer in layers]
+        now = [self._joined(group, layer).expand(b, -1, -1, -1, -1) for layer in range(self.config.depth)]
         return Weights(now, [torch.zeros_like(w) for w in now] if self.config.momentum else None, now)
 
     def init_state(self, b: int) -> MemoryState:
@@ -708,10 +736,12 @@ class Memory(SequenceLayer):
         return self._out(y), MemoryState(state.t + x.shape[1], tail, groups.get("proj"), groups["main"])
 
     def _streams(self, x: Tensor, t: int) -> dict[str, Tensor]:
-        """What no memory has a part in, all tokens at once: u, k, v, q (b, h, t, e); eta, alpha, theta (b, h, t)."""
+        """What no memory has a part in, all tokens at once: k, v, q (b, h, t, e); eta, alpha, theta (b, h, t); and what
+        adaptive memories are read at, u (b, h, t, 1 or one for each, e)."""
         c, streams = self.config, {}
         if self.adaptive:
-            streams["u"] = self._heads(x, self.to_u)
+            u = x if self.to_u is None else self.to_u(x)
+            streams["u"] = rearrange(u, "b t (h n e) -> b h t n e", h=c.n_head, e=c.d_head)
         for name, to in (("k", self.to_k), ("v", self.to_v), ("q", self.to_q)):
             if name not in self.adaptive:
                 streams[name] = self._heads(x, to)
@@ -769,11 +799,12 @@ class Memory(SequenceLayer):
         """`_span` without gradients, in one launch of `kernels.memory_scan`, which writes to copies of the groups."""
         c = self.config
         joined = map_state(lambda *parts: torch.cat(parts, 2), *groups.values())
-        scales = [self._value_scale(name) for name in groups]
+        join = lambda what: torch.cat([self._joined(name, what) for name in groups], 1)
         y = memory_scan(
             streams, joined.now, joined.momentum, joined.anchor, t=t, chunk=c.chunk, chunk_proj=c.chunk_proj,
             gates={name: (gate.read, gate.bias) for name, gate in self.gates.items() if name in self.adaptive},
-            scale=None if scales[0] is None else torch.cat(scales, 1), adaptive=len(self.adaptive),
+            scale=join("scale") if c.self_values and c.value_norm else None, adaptive=len(self.adaptive),
+            start=join(0) if c.depth == 2 and c.origin == "start" else None, hidden_rate=c.hidden_rate,
             objective=c.objective, step=c.step, read=c.read, self_values=c.self_values, qk_norm=c.qk_norm,
             norm=c.memory_norm, delta=c.rule == "dgd",
         )  # fmt: skip
@@ -800,19 +831,27 @@ class Memory(SequenceLayer):
             now, momentum = [], []
             gradients = inner_gradients(group.anchor, k, self._values(name, group, v), c.objective, c.memory_norm)
             for layer, (x, Wx, gradient) in enumerate(gradients):
-                step = eta if c.step == "one" else c.beta * eta / (1 + eta * x.square().sum(-1))
+                hidden = layer + 1 < c.depth
+                rate = eta * c.hidden_rate if hidden else eta
+                step = rate if c.step == "one" else c.beta * rate / (1 + rate * x.square().sum(-1))
                 step = step / c.chunk if c.step == "mean" else step
                 if c.decay_first:  # erase alpha M x, but write as much as ever
                     step, gradient = alpha * step, gradient / alpha.unsqueeze(-1)
-                weights, m, query = dgd_chunk(
-                    group.now[layer], x, gradient, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
+                change, at_anchor = group.now[layer], group.now[layer] is group.anchor[layer]
+                start = self._joined(name, layer) if hidden and c.origin == "start" else None
+                if start is not None:
+                    change, at_anchor = change - start, False
+                weights, m, read = dgd_chunk(
+                    change, x, gradient, step, alpha, theta=theta, Q=query, inclusive=c.read == "after",
                     m=group.momentum[layer] if c.momentum else None, delta=c.rule == "dgd", gates=gates, readers=1,
-                    ema=True, MX=Wx if group.now[layer] is group.anchor[layer] else None,
+                    ema=True, MX=Wx if at_anchor else None,
                 )  # fmt: skip
+                if start is not None:
+                    weights = start + weights
+                    read = None if query is None else read + query @ start[:, -1:].mT
                 now.append(weights)
                 momentum.append(m)
-                if query is not None and layer + 1 < c.depth:
-                    query = F.silu(query)
+                query = F.silu(read) if hidden and read is not None else read
             written[name] = Weights(now, momentum if c.momentum else None, group.anchor)
             inner_read = query
         if c.read == "chunk":
@@ -824,8 +863,10 @@ class Memory(SequenceLayer):
         return y.squeeze(2), written
 
     def _adaptive_reads(self, u: Tensor, anchor: list[Tensor]) -> dict[str, Tensor]:
-        """What the adaptive memories answer to u (b, h, c, e): k, v, q as u, eta and alpha (b, h, c)."""
-        reads = apply_memory([w[:, :, : len(self.adaptive)] for w in anchor], u.unsqueeze(2), self.config.memory_norm)
+        """What the adaptive memories answer to u (b, h, c, 1 or n, e): k, v, q (b, h, c, e), eta and alpha (b, h, c)."""
+        reads = apply_memory(
+            [w[:, :, : len(self.adaptive)] for w in anchor], u.transpose(2, 3), self.config.memory_norm
+        )
         found = dict(zip(self.adaptive, reads.unbind(2)))
         for name, read in found.items():
             if name in self.gates:
@@ -838,8 +879,8 @@ class Memory(SequenceLayer):
         """What a group's memories are written with: v (b, h, 1, c, e), or each with its own value (b, h, n, c, e)."""
         if not self.config.self_values:
             return v
-        own, scale = apply_memory(group.anchor, v, self.config.memory_norm), self._value_scale(name)  # eq. 84
-        return own if scale is None else scale * unit(own)
+        own = apply_memory(group.anchor, v, self.config.memory_norm)  # eq. 84
+        return self._joined(name, "scale") * unit(own) if self.config.value_norm else own
 
 
 @cache

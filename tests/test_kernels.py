@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from kernels import dgd_chunk, dgd_loop, using
+from kernels import dgd_chunk, dgd_loop, newton_schulz, using
 
 
 def inputs(c, o=5, i=4, momentum=True, lead=(3,), dtype=torch.float64, gate=None, repeated=False):
@@ -103,14 +103,46 @@ def test_half_precision_is_computed_in_float32():
         torch.testing.assert_close(got, ref)
 
 
+@pytest.mark.parametrize("states", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_floating_types_mix_in_the_widest_of_them_and_gradients_keep_their_own(states, tokens):
+    args = {k: v.detach().to(states if k in "Mm" else tokens).requires_grad_() for k, v in inputs(6).items()}
+    got, want = dgd_chunk(**args), dgd_loop(**{k: v.double() for k, v in args.items()})
+    widest = torch.promote_types(torch.promote_types(states, tokens), torch.float32)
+    for z, ref in zip(got, want):
+        assert z.dtype == widest
+        torch.testing.assert_close(z.double(), ref, rtol=1e-5, atol=1e-5)
+    sum(z.sum() for z in got).backward()
+    assert all(z.grad.dtype == z.dtype for z in args.values())
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("lead, c, o, i", [((2,), 0, 5, 4), ((0,), 3, 5, 4), ((2,), 3, 0, 4), ((2,), 3, 5, 0)])
+def test_sizes_of_zero(lead, c, o, i, momentum):
+    args = inputs(c, o, i, momentum, lead)
+    M, m, R = dgd_chunk(**args)
+    want = dgd_loop(**args)
+    assert torch.equal(M, want[0]) and R.shape == (*lead, c, o) and (m is None or torch.equal(m, want[1]))
+    sum(z.sum() for z in (M, m, R) if z is not None).backward()
+    assert all(z.grad is None or z.grad.isfinite().all() for z in args.values())
+    for shape in ((*lead, o, i), (0, 3), (2, 3, 0)):
+        assert newton_schulz(torch.ones(shape)).shape == shape
+
+
 def test_what_does_not_fit_is_refused():
     args = inputs(4, momentum=False)
-    with pytest.raises(ValueError, match="alpha has 3 entries for 4 tokens"):
+    with pytest.raises(ValueError, match=r"alpha is \(3, 3\); it needs to end in \(4,\)"):
         dgd_chunk(**{**args, "alpha": args["alpha"][..., :3]})
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match=r"D is \(3, 4, 3\); it needs to end in \(4, 5\)"):
         dgd_chunk(**{**args, "D": args["D"][..., :3]})
     with pytest.raises(ValueError, match="m was given without theta"):
         dgd_chunk(**args, m=args["M"])
+    with pytest.raises(ValueError, match=r"Q is \(3, 4, 3\); it needs to end in \(4, 4\)"):
+        dgd_chunk(**{**args, "Q": args["Q"][..., :3]})
+    with pytest.raises(ValueError, match=r"X is torch.int64; .* X.float\(\)"):
+        dgd_chunk(**{**args, "X": args["X"].long()})
+    with pytest.raises(ValueError, match=r"G is torch.int64; .* G.float\(\)"):
+        newton_schulz(torch.ones(2, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("momentum", [False, True])

@@ -46,7 +46,7 @@ def specification(memory, x):
         if rescaled:
             scale["main"] = memory.start["main_scale"][h, 0]
         momentum = {b: [torch.zeros_like(w) for w in ws] for b, ws in now.items()}
-        anchor = dict(now)
+        anchor, first = dict(now), dict(now)
 
         def run(ws, z):
             if c.depth == 1:
@@ -58,7 +58,9 @@ def specification(memory, x):
             for b in now:
                 if t % (c.chunk if b == "main" else c.chunk_proj) == 0:
                     anchor[b] = now[b]
-            read = {b: run(anchor[b], key(static(memory.to_u)[t])) for b in memory.adaptive}
+            u = x if memory.to_u is None else x @ memory.to_u.weight.T
+            u = u.view(len(x), c.n_head, -1, e)[t, h].expand(len(memory.adaptive), e)
+            read = {b: run(anchor[b], key(u[i])) for i, b in enumerate(memory.adaptive)}
             for b in ("k", "v", "q"):
                 if b not in read:
                     read[b] = static(getattr(memory, f"to_{b}"))[t]
@@ -92,16 +94,20 @@ def specification(memory, x):
                 new = []
                 for l in depth:
                     w, z = now[b][l], layer_inputs[l]
-                    exact = c.beta * eta / (1 + eta * z @ z)
-                    step = {"exact": exact, "mean": exact / c.chunk, "one": eta}[c.step]
+                    hidden = l + 1 < c.depth
+                    rate = eta * c.hidden_rate if hidden else eta
+                    exact = c.beta * rate / (1 + rate * z @ z)
+                    step = {"exact": exact, "mean": exact / c.chunk, "one": rate}[c.step]
                     write = -step * grads[l]
                     if c.momentum:
                         momentum[b][l] = theta * momentum[b][l] + (1 - theta) * write
                         write = momentum[b][l]
-                    w_new = alpha * w + write
+                    origin = first[b][l] if hidden and c.origin == "start" else torch.zeros_like(w)
+                    change = alpha * (w - origin) + write
                     if c.rule == "dgd":
-                        w_new = w_new - step * torch.outer((alpha if c.decay_first else 1) * w @ z, z)
-                    new.append(w_new)
+                        erased = (alpha if c.decay_first else 1) * (w - origin)
+                        change = change - step * torch.outer(erased @ z, z)
+                    new.append(origin + change)
                 now[b] = new
             outputs.append(run({"token": before, "after": now["main"], "chunk": anchor["main"]}[c.read], q))
     y = torch.stack(outputs).view(c.n_head, len(x), e).transpose(0, 1)
@@ -120,7 +126,8 @@ subsets = st.sets(st.sampled_from(["k", "v", "q", "eta", "alpha"])).map(lambda s
             depth=st.sampled_from([1, 2]), objective=st.sampled_from(["dot", "l2"]), rule=st.sampled_from(["gd", "dgd"]),
             momentum=st.booleans(), self_values=st.booleans(), adaptive=subsets, chunk=st.integers(1, 6),
             chunk_proj=st.integers(1, 6), read=st.sampled_from(["token", "after", "chunk"]), conv=st.sampled_from([0, 2, 4]),
-            qk_norm=st.booleans(), decay_first=st.booleans(), beta=st.sampled_from([0.5, 1.0, 2.0]),
+            qk_norm=st.booleans(), decay_first=st.booleans(), beta=st.sampled_from([0.5, 1.0, 2.0]), own_input=st.booleans(),
+            origin=st.sampled_from(["start", "zero"]), hidden_rate=st.sampled_from([0.0, 0.1, 1.0]),
         )
     ),
     t=st.integers(1, 9),
@@ -146,7 +153,8 @@ def test_kinds_of_decay_step_and_norm_equal_the_specification():
 
 def test_the_papers_literal_form():
     """One head, no projections but W_q, chunk of one: eqs. 86-88 followed line by line, without the options."""
-    memory = random_memory(n_head=1, d_model=4, chunk=1, chunk_proj=1, project=False, conv=0, momentum=False)
+    literal = dict(objective="l2", origin="zero", hidden_rate=1.0, momentum=False, conv=0, project=False)
+    memory = random_memory(n_head=1, d_model=4, chunk=1, chunk_proj=1, **literal)
     x = torch.randn(1, 6, 4, dtype=torch.float64)
     names = ["k", "v", "eta", "alpha"]
     M = {b: (memory.start["proj_0"][0, i], memory.start["proj_1"][0, i]) for i, b in enumerate(names)}
@@ -361,7 +369,7 @@ def test_bad_configurations_say_what_is_allowed():
         (dict(project=False), "set n_head=1"),
         (dict(conv=-1), "neither can be negative"),
         (dict(beta=3.0), "beta is 3.0; allowed: above 0, up to 2"),
-        (dict(spread=-1.0), "spread is -1.0; it cannot be negative"),
+        (dict(spread=-1.0), "spread is -1.0, hidden_rate is 0.1; neither can be negative"),
     ):
         with pytest.raises(ValueError, match=message):
             hope.MemoryConfig(**fields)

@@ -257,7 +257,8 @@ def memory(preset, **change):
     [
         ("hope", dict(n_head=2), ()),
         ("hope", dict(chunk_proj=4, read="after"), (3, 4)),
-        ("hope", dict(adaptive=("k", "v", "q", "eta", "alpha"), read="chunk", objective="dot"), (9,)),
+        ("hope", dict(adaptive=("k", "v", "q", "eta", "alpha"), read="chunk", objective="l2"), (9,)),
+        ("hope", dict(origin="zero", own_input=False), (5,)),
         ("hope", dict(depth=1, adaptive=("q", "alpha"), value_norm=False), (5,)),
         ("hope", dict(self_values=False, adaptive=(), expand=2), ()),
         ("titans", dict(n_head=2), (2,)),
@@ -268,7 +269,7 @@ def memory(preset, **change):
     ],
 )
 def test_a_whole_layer_in_one_launch_is_its_chunks(preset, change, cuts, monkeypatch):
-    layer, x = memory(preset, **change), torch.randn(2 if preset == "dla" else 1, 11, 10, device=DEVICE)
+    layer, x = memory(preset, **change), torch.randn(2 if "n_head" in change else 1, 11, 10, device=DEVICE)
     x[:, 3:9] *= 0.01  # with keys and values too short for `hope.unit` to bring them to length 1
     launches, run = [], kernels.memory_scan
     monkeypatch.setattr(hope, "memory_scan", lambda *args, **named: launches.append(1) or run(*args, **named))

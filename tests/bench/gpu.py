@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -39,7 +38,7 @@ LIMITS = {
 }  # fmt: skip
 # Published rates (vendor's data sheets, SXM modules, dense): bytes/s of memory, FLOP/s in TF32 and in bfloat16.
 RATES = {"A100 80GB": (2.039e12, 156e12, 312e12), "H100": (3.35e12, 494.7e12, 989.4e12)}
-BLOCK = 16  # tokens that kernels take at once
+BLOCK = kernels.BC.value  # tokens that kernels take at once
 
 
 def shapes(m: hope.MemoryConfig) -> list[tuple[int, int]]:
@@ -55,10 +54,11 @@ def calls(m: hope.MemoryConfig, o: int, i: int, precision: str):
     none |= set() if m.rule == "dgd" else {"P", "dZ"}
     flags = dict(EMA=True, DELTA=m.rule == "dgd", INCLUSIVE=m.read == "after", PRECISION=precision)
     for name in ("forward", "states", "backward", "backward_tokens", "backward_gates"):
-        sizes = kernels._blocks(o, i, 32 if name == "forward" and o > 16 else 16)
-        fn = getattr(kernels, f"_chunk_{name}")
+        sizes = kernels._tiles(o, i, 32 if name == "forward" and o > 16 else 16)
+        fn = kernels._chunk_forward if name == "states" else getattr(kernels, f"_chunk_{name}")
+        out = {"forward": {"P", "states"}, "states": {"Q", "R"}}.get(name, set())
         warps = 1 if name == "backward_gates" else sizes["num_warps"]
-        yield f"chunk_{name}", fn, arguments(fn, none, {**flags, **sizes}), warps, 1
+        yield f"chunk_{name}", fn, arguments(fn, none | out, {**flags, **sizes}), warps, 1
 
 
 def scan_call(m: hope.MemoryConfig, precision: str):
@@ -66,13 +66,15 @@ def scan_call(m: hope.MemoryConfig, precision: str):
     static = set("kvq") - set(m.adaptive)
     none = {name.upper() for name in "kvq" if name not in static} | (set() if m.adaptive else {"U"})
     none |= set() if m.depth == 2 else {"W1", "m1", "A1"}
+    none |= set() if m.depth == 2 and m.origin == "start" else {"S2"}
     none |= set() if m.momentum else {"theta", "m2", "m1"}
     none |= set() if m.self_values and m.value_norm else {"scale"}
     for name in ("eta", "alpha"):
         none |= {name} if name in m.adaptive else {f"{name}_read", f"{name}_bias"}
     constants = dict(
         L2=m.objective == "l2", STEP=m.step, SELF_VALUES=m.self_values, QK_NORM=m.qk_norm, NORM=m.memory_norm, EMA=True,
-        DELTA=m.rule == "dgd", READ=m.read, CHUNK=m.chunk, CHUNK_PROJ=m.chunk_proj, BC=16, BE=64, BI=16, PRECISION=precision,
+        DELTA=m.rule == "dgd", HIDDEN_RATE=m.hidden_rate, READ=m.read, CHUNK=m.chunk, CHUNK_PROJ=m.chunk_proj, BE=64,
+        PRECISION=precision,
     )  # fmt: skip
     fn = kernels._memory_scan
     return "memory_scan", fn, arguments(fn, none, constants), constants["BE"] // 16, 1
@@ -87,9 +89,7 @@ def newton_schulz_calls(precision: str):
 
 def arguments(fn, none: set, constants: dict) -> dict:
     """Of a kernel: constants, None, int32 for numbers, and pointers to float32, or int64 for `at`."""
-    numbers = (
-        "c blocks memories readers row_blocks O I E H t0 length heads adaptive u_row x_row d_row k_row v_row q_row"
-    )
+    numbers = "c blocks memories readers O I E H t0 length heads adaptive u_next u_row x_row d_row k_row v_row q_row"
     args = {k: "i32" if k in numbers.split() else "*i64" if k == "at" else "*fp32" for k in fn.arg_names}
     constant = {fn.arg_names[n] for n in fn.constexprs}
     return {k: constants[k] if k in constant else None if k in none else v for k, v in args.items()}
@@ -101,7 +101,7 @@ def build(fn, args: dict, warps: int, stages: int, target: str) -> dict:
     signature = {k: kind(k, v) for k, v in args.items()}
     constants = {k: v for k, v in args.items() if signature[k] == "constexpr"}
     even = lambda k: (
-        signature[k].startswith("*") or signature[k] == "i32" and (k in "OIEH" or k.endswith("_row"))
+        signature[k].startswith("*") or signature[k] == "i32" and (k in "OIEH" or k.endswith(("_row", "_next")))
     )  # as they are at every size
     aligned = {(n,): [["tt.divisibility", 16]] for n, k in enumerate(args) if even(k)}
     source = ASTSource(fn, signature, constants, aligned)
@@ -133,20 +133,20 @@ def cost(kernel: str, m: hope.MemoryConfig, o: int, i: int, read: bool, tokens: 
     blocks, rows = -(-c // BLOCK), -(-o // (32 if kernel == "chunk_forward" and o > 16 else 16))
     pairs = BLOCK * (i * rows + 2 * o)  # of tokens in a block: scores, and what is made of them
     if kernel == "chunk_forward":
-        numbers, macs = 2 * state + c * (i + o + d * o), state * (1 + d) + d * pairs
+        numbers, macs = 2 * state + c * (i + o), state * (1 + d) + d * pairs
         numbers, macs = numbers + read * c * (i + o), macs + read * (state + pairs)
     elif kernel == "chunk_states":
-        numbers, macs = state * (1 + blocks) + c * (i + o + d * o), state
+        numbers, macs = state * (2 + blocks) + c * (i + o + d * o), state * (1 + d) + d * pairs
     elif kernel == "chunk_backward":
         numbers, macs = state * (2 + blocks) + c * (i + 2 * o + d * 2 * o), state * (1 + d) + d * pairs
         numbers, macs = numbers + read * c * (i + o), macs + read * (state + pairs)
     elif kernel == "chunk_backward_tokens":
-        work = blocks * rows * (5 * BLOCK + 9) * BLOCK
+        work = blocks * rows * kernels.BACKWARD_WORK.value
         numbers, macs = 2 * state * blocks + work + c * (i + o + d * 2 * o + rows * i), state * (1 + d)
         numbers, macs = numbers + read * c * (i + o + rows * i), macs + read * state
         macs += (d + read) * (pairs + 2 * BLOCK * i * rows)
     elif kernel == "chunk_backward_gates":
-        numbers, macs = blocks * rows * (3 * BLOCK + 9) * BLOCK + 4 * c, (6 if m.momentum else 1) * BLOCK * BLOCK
+        numbers, macs = blocks * (3 * BLOCK + 9) * BLOCK + 4 * c, (6 if m.momentum else 1) * BLOCK * BLOCK
     elif kernel == "memory_scan":  # o, i: a layer; all memories of a head, one launch
         n, layers = 1 + len(m.adaptive), m.depth
         c, streams = tokens, 4 + (m.adaptive == ()) - len(set(m.adaptive) & set("kvq"))
@@ -222,7 +222,7 @@ def timings(layers: dict[str, hope.MemoryConfig], batch=8, tokens=2048, device="
     if bench is None:
         from triton.testing import do_bench as bench
 
-    rows, choices = [], (os.environ.get("HOPE_KERNELS"), "triton", "reference")
+    rows = []
     for size, m in layers.items():
         c, (o, i) = m.chunk, shapes(m)[0]
         g = torch.Generator(device).manual_seed(0)
@@ -234,20 +234,17 @@ def timings(layers: dict[str, hope.MemoryConfig], batch=8, tokens=2048, device="
         args |= {k: one(c).sigmoid() for k in ("eta", "alpha", "theta")}
         args = {k: v.requires_grad_() for k, v in args.items()}
         layer, x = hope.Memory(m).to(device), torch.randn(batch, tokens, m.d_model, device=device, generator=g)
-        for choice in choices[1:]:
-            os.environ["HOPE_KERNELS"] = choice
-            run = lambda: kernels.dgd_chunk(**args, ema=True, readers=1)
-            out = run()
-            grads = [torch.randn_like(z) for z in out]
-            back = lambda: torch.autograd.grad(out, list(args.values()), grads, retain_graph=True)
-            row = dict(kernels=choice, size=size, memory=f"{o}x{i}", forward_ms=bench(run), backward_ms=bench(back))
-            with torch.no_grad():
-                row["layer_ms"] = bench(lambda: layer(x))
+        for choice in ("triton", "reference"):
+            with kernels.using(choice):
+                run = lambda: kernels.dgd_chunk(**args, ema=True, readers=1)
+                out = run()
+                grads = [torch.randn_like(z) for z in out]
+                back = lambda: torch.autograd.grad(out, list(args.values()), grads, retain_graph=True)
+                row = dict(kernels=choice, size=size, memory=f"{o}x{i}", forward_ms=bench(run), backward_ms=bench(back))
+                with torch.no_grad():
+                    row["layer_ms"] = bench(lambda: layer(x))
             rows.append(row)
             print_row(row, tuple(row))
-    os.environ.pop("HOPE_KERNELS")
-    if choices[0] is not None:
-        os.environ["HOPE_KERNELS"] = choices[0]
     return rows
 
 
