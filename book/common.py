@@ -66,9 +66,9 @@ def tensors(state: Any) -> list[Tensor]:
     return found
 
 
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    """RMS norm, written out. x: (..., d), weight: (d,)"""
-    return weight * x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+def rms(x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
+    """RMS norm, written out. x: (..., d)"""
+    return norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
 
 
 def spread(ax: Any, x: Any, runs: Tensor, band: bool = True, **style: Any) -> None:
