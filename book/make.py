@@ -25,6 +25,13 @@ How a text is written (tests/test_book.py holds it to this):
   Quote an edit that has a colon. Each is one wrong claim and must end in AssertionError. An erratum needs two: one that
   breaks the corrected form, one that mends the printed one. The cell is plain Python; lines that begin with % are
   skipped here. What is printed must not depend on the random start of a hope module, which may change: set weights.
+- Front matter may list wrong versions of the modules that the chapter checks, by the same kind of edit:
+
+      mutants:
+        - hope.py: w - rates[i] => w + rates[i]            # MODULE: OLD => NEW; OLD occurs once in the module
+
+  For each, the cells are run in a process that imports the edited module, and a check cell must end in AssertionError.
+  What other cells assert is passed over; an error of another kind is not: a mutant is a wrong result, not a crash.
 - An erratum stands beside its equation and again in Appendix B, so it must read well alone. Its title links to what it
   concerns. Numbers with a decimal point under Size must be printed by the check cell:
 
@@ -39,12 +46,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +153,35 @@ def checks(text: Path) -> list[Check]:
             if status[0] == "erratum" and len(edits) < 2:
                 raise Mistake(f"{where} is an erratum: perturb the corrected form, and the printed one")
             found.append(Check(text, i, label, status[0], says[status[0]], tuple(edits)))
+    return found
+
+
+@dataclass(frozen=True)
+class Mutant:
+    module: str  # as hope.py
+    old: str
+    new: str
+
+    @property
+    def source(self) -> str:
+        """The module as a chapter would import it, edited."""
+        return Path(importlib.util.find_spec(self.module.removesuffix(".py")).origin).read_text()
+
+
+def mutants(text: Path) -> list[Mutant]:
+    """The wrong modules that a text declares. Raises Mistake for an edit that does not fit its module."""
+    found = []
+    for entry in jupytext.read(text).metadata.get("mutants", []):
+        where = f"book/text/{text.name}: the mutant {entry!r}"
+        if not isinstance(entry, dict) or len(entry) != 1:
+            raise Mistake(f"{where} must be MODULE: OLD => NEW")
+        ((module, edit),) = entry.items()
+        if not (module.endswith(".py") and importlib.util.find_spec(module.removesuffix(".py"))):
+            raise Mistake(f"{where}: {module} is no module that can be imported; give one as hope.py")
+        mutant = Mutant(module, *edit.split(" => ")) if edit.count(" => ") == 1 else None
+        if mutant is None or mutant.old == mutant.new or mutant.source.count(mutant.old) != 1:
+            raise Mistake(f"{where} must be MODULE: OLD => NEW, with OLD once in the module")
+        found.append(mutant)
     return found
 
 
@@ -269,14 +307,14 @@ def differs(text: Path, stored: Path) -> str | None:
     return None
 
 
-def ending(source: str, namespace: dict) -> str:
-    """How a cell ends when it is run in a child process, which leaves everything here as it was: "passes" or an error."""
+def ending(run: Callable[[], None]) -> str:
+    """How a function ends that is run in a child process, which leaves everything here as it was: "passes" or an error."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         end = "passes"
         try:
-            exec(compile(source, "<perturbed>", "exec"), namespace)
+            run()
         except AssertionError:
             end = "AssertionError"
         except BaseException as error:
@@ -290,9 +328,26 @@ def ending(source: str, namespace: dict) -> str:
     return end or "a dead process"
 
 
+def run_cell(source: str, name: str, namespace: dict) -> None:
+    exec(compile(re.sub(r"(?m)^%.*$", "", source), name, "exec"), namespace)
+
+
+def run_with(mutant: Mutant, text: Path) -> None:
+    """Run a chapter with an edited module, up to the first check cell that fails; AssertionError if there is one."""
+    checked, namespace = {check.cell for check in checks(text)}, {"__name__": "__main__"}
+    with tempfile.TemporaryDirectory() as folder:  # a file, since Triton reads a kernel's source from one
+        (Path(folder) / mutant.module).write_text(mutant.source.replace(mutant.old, mutant.new))
+        sys.path.insert(0, folder)
+        for i, cell in enumerate(from_text(text).cells):
+            if cell.cell_type == "code":
+                with contextlib.nullcontext() if i in checked else contextlib.suppress(AssertionError):
+                    run_cell(cell.source, f"{text.name}, cell {i}", namespace)
+
+
 def mutate(text: Path) -> Iterator[str]:
-    """Run a chapter here, each check first with its claim perturbed; yields what does not end in AssertionError."""
-    if not (declared := checks(text)):
+    """Run a chapter here, with each of its mutants and with each check's claim perturbed; yields what goes unnoticed."""
+    declared, wrong = checks(text), mutants(text)
+    if not declared and not wrong:
         return
     os.environ["MPLBACKEND"] = "Agg"
     os.chdir(BOOK)
@@ -301,16 +356,18 @@ def mutate(text: Path) -> Iterator[str]:
 
     torch.set_num_threads(1)
     torch.set_num_threads = lambda n: None  # a pool of threads does not survive a fork
+    for mutant in wrong:  # before this process imports the modules
+        if (end := ending(lambda: run_with(mutant, text))) != "AssertionError":
+            yield f"book/text/{text.name}: the checks with {mutant.module} {mutant.old!r} -> {mutant.new!r}: {end}"
     namespace = {"__name__": "__main__"}
-    plain = lambda source: re.sub(r"(?m)^%.*$", "", source)
     for i, cell in enumerate(from_text(text).cells):
         for check in declared if cell.cell_type == "code" else ():
             for old, new in check.edits if check.cell == i else ():
-                end = ending(plain(cell.source.replace(old, new)), namespace)
+                end = ending(lambda: run_cell(cell.source.replace(old, new), "<perturbed>", namespace))
                 if end != "AssertionError":
                     yield f"book/text/{text.name}: the check of {check.label} with {old!r} -> {new!r}: {end}"
         if cell.cell_type == "code":
-            exec(compile(plain(cell.source), f"{text.name}, cell {i}", "exec"), namespace)
+            run_cell(cell.source, f"{text.name}, cell {i}", namespace)
 
 
 def main() -> int:

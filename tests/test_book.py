@@ -131,7 +131,7 @@ kernelspec:
   language: python
   name: python3
 question: Does it notice?
----
+MUTANT---
 
 # A chapter
 
@@ -153,12 +153,20 @@ CELL
 """
 
 
-def mutate(folder: Path, cell: str = "assert total == 2", edit: str = "1 + 1 => 1 + 2", status: str = "holds"):
+def mutate(
+    folder: Path,
+    cell: str = "assert total == 2",
+    edit: str = "1 + 1 => 1 + 2",
+    status: str = "holds",
+    mutant: str = "",
+):
     book = folder / "book"
     (book / "text").mkdir(parents=True)
     shutil.copy(BOOK / "make.py", book)
     shutil.copy(BOOK / "_config.yml", book)
+    (book / "arithmetic.py").write_text("def add(a, b):\n    return a + b\n")
     text = CHAPTER.replace("CELL", cell).replace("EDIT", edit).replace("STATUS", status)
+    text = text.replace("MUTANT", f"mutants:\n  - {mutant}\n" if mutant else "")
     (book / "text" / "01-a-chapter.md").write_text(text)
     return subprocess.run([sys.executable, str(book / "make.py"), "--mutate"], capture_output=True, text=True)
 
@@ -190,3 +198,34 @@ def test_perturbed_cells_leave_no_trace(tmp_path: Path) -> None:
     cell = "import torch\nbefore = globals().get('mark')\nmark = 1\ndrawn = torch.rand(1).item()\n"
     cell += "assert total == 2 and before is None"
     assert mutate(tmp_path, cell=cell).returncode == 0
+
+
+USES = "from arithmetic import add\nassert add(total, total) == 4"
+
+
+def test_a_chapter_that_notices_a_wrong_module_is_accepted(tmp_path: Path) -> None:
+    done = mutate(tmp_path, cell=USES, mutant="arithmetic.py: a + b => a - b")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_only_a_check_cell_notices(tmp_path: Path) -> None:
+    """What an experiment asserts is passed over: it may hold or not for reasons of its own."""
+    cell = "assert total == 2\n```\n\n```{code-cell} ipython3\n" + USES
+    done = mutate(tmp_path, cell=cell, mutant="arithmetic.py: a + b => a - b")
+    assert done.returncode == 1 and "arithmetic.py 'a + b' -> 'a - b': passes" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mutant", "complaint"),
+    [
+        ("arithmetic.py: a + b => b + a", "arithmetic.py 'a + b' -> 'b + a': passes"),
+        ("arithmetic.py: a + b => a + c", "NameError"),
+        ("arithmetic.py: a * b => a - b", "with OLD once in the module"),
+        ("arithmetic.py: a + b", "must be MODULE: OLD => NEW"),
+        ("a + b => a - b", "must be MODULE: OLD => NEW"),
+        ("algebra.py: a + b => a - b", "algebra.py is no module that can be imported"),
+    ],
+)
+def test_a_wrong_module_that_goes_unnoticed_is_reported(tmp_path: Path, mutant: str, complaint: str) -> None:
+    done = mutate(tmp_path, cell=USES, mutant=mutant)
+    assert done.returncode == 1 and complaint in done.stderr and "01-a-chapter.md" in done.stderr
