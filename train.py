@@ -90,8 +90,8 @@ warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
 
 # Learning rate of the matrices in parts of --lr. Those of the last four were the best of tests/bench/optimizers.py.
 MATRIX_LR = {"muon": 1.0, "adamw": 1.0, "m3": 3.0, "dgd": 100.0, "delta-momentum": 10.0, "deep-momentum": 300.0}
-# Numbers that an optimizer keeps for each of a matrix.
-KEPT = {"muon": 1.0, "adamw": 2.0, "m3": 5.0, "dgd": 0.0, "delta-momentum": 1.0, "deep-momentum": 0.4}
+# Numbers that an optimizer keeps for each of a matrix. Deep momentum shares memories between layers: that of one layer.
+KEPT = {"muon": 1.0, "adamw": 2.0, "m3": 5.0, "dgd": 0.0, "delta-momentum": 1.0, "deep-momentum": 0.533}
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ def test_exported_weights_start_another_run(trained, capsys):
     capsys.readouterr()
     assert train.main(["--plan", *more, "a"]) == 0 and not Path("a").exists()
     assert f"{sum(w.numel() for w in weights.values()):,} parameters" in capsys.readouterr().out
-    assert "w_in.weight: copying a param with shape torch.Size([24, 16])" in refused(
+    assert "w_in.weight: copying a param with shape torch.Size([16, 16])" in refused(
         capsys, *more, "a", "--cms-hidden", "2"
     )
     assert not Path("a").exists()
