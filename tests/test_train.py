@@ -139,6 +139,9 @@ def test_bad_commands_get_one_line_with_the_fix(capsys):
         (["--lr", "inf"], "lr is inf; it must be above 0 and below inf"),
         (["--lr", "nan"], "lr is nan; it must be above 0"),
         (["--grad-clip", "nan"], "grad_clip is nan; it must be above 0"),
+        (["--cms-rate", "inf"], "cms_rate is (inf,); it must be at least 0 and below inf"),
+        (["--cms-hidden", "0"], "cms_hidden is 0.0; it must be above 0 and below inf"),
+        (["--peak-tflops", "-1"], "peak_tflops is -1.0; it must be at least 0 and below inf"),
         (["--weight-decay", "-1"], "weight_decay is -1.0; it must be at least 0"),
         (["--spike", ".5"], "spike is 0.5; it must be a factor above 1, or 0"),
         (["--plan", "--tokens", "-1"], "tokens is -1.0; it must be at least 0"),
@@ -277,6 +280,29 @@ def test_speed_is_that_of_the_last_seconds(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="sees in /proc how far the imports are")
+def test_the_loss_curves_running_mean_starts_at_the_loss(monkeypatch):
+    run_dir, drawn = train.Run(Path(".")), []
+    Path("log.jsonl").write_text("".join(json.dumps({"step": i + 1, "loss": 2.0}) + "\n" for i in range(60)))
+    monkeypatch.setattr(train.Figure, "savefig", lambda figure, *args, **settings: drawn.append(figure))
+    run_dir.plot("constant", 1.5)
+    each, mean, _ = drawn[0].axes[0].lines
+    assert list(each.get_ydata()) == [3.0] * 60 and mean.get_ydata() == pytest.approx([3.0] * 60)
+
+
+def test_one_gpu_is_one_gpu_and_two_are_two(capsys):
+    for gpus, text in (("1", "tokens on 1 GPU, "), ("2", "tokens on 2 GPUs, ")):
+        assert run("--plan", "--gpus", gpus) == 0 and text in capsys.readouterr().out
+
+
+def test_what_takes_long_is_said(monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(hope, "compile_parts", lambda model: said.append("compiled"))
+    monkeypatch.setattr(train.tqdm, "set_postfix_str", lambda bar, text, **settings: said.append(text))
+    run("--steps", "1", "--eval-every", "1", "--compile")
+    assert "compiling: the first step" in capsys.readouterr().out and "compiled" in said
+    assert any(re.fullmatch(r"validating, \d+ of \d+ rows", text) for text in said)
+
+
 def test_an_interrupt_during_the_imports_ends_without_a_traceback():
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
