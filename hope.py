@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from kernels import EPS, chunk_gates, dgd_chunk, memory_scan, scans, uses_triton
+from kernels import EPS, chunk_gates, dgd_chunk, in_float32, memory_scan, scans, uses_triton
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = [
@@ -498,11 +498,6 @@ class HopeState:
 
 
 # ---- Memories ----
-
-
-def in_float32(z: Tensor) -> Tensor:
-    """z in float32 at least."""
-    return z if z.dtype == torch.float64 else z.float()
 
 
 def piece_lengths(start: int, length: int, clocks: Sequence[int]) -> list[int]:

@@ -56,6 +56,11 @@ class Gates(NamedTuple):
     keep: Tensor | None = None  # (..., c + 1): what the momentum keeps at the end of its start, and of the writes to it
 
 
+def in_float32(z: Tensor) -> Tensor:
+    """z in float32 at least."""
+    return z if z.dtype == torch.float64 else z.float()
+
+
 def _segment_products(a: Tensor) -> Tensor:
     """Products of consecutive gates. a: (..., c) -> (..., c + 1, c + 1), entry [t, s] = a_{s+1} ... a_t, 0 for s > t.
 
@@ -402,7 +407,7 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     if dtype is None:
         dtype = torch.float64 if G.dtype == torch.float64 else torch.bfloat16 if G.is_cuda else torch.float32
     a, b, c = NEWTON_SCHULZ
-    X = (G if G.dtype == torch.float64 else G.float()).reshape(-1, *G.shape[-2:])
+    X = in_float32(G).reshape(-1, *G.shape[-2:])
     X = X.mT if G.shape[-2] > G.shape[-1] else X  # square the smaller side
     tiny = torch.finfo(X.dtype).tiny
     X = X / X.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)

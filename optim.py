@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import newton_schulz
+from kernels import in_float32, newton_schulz
 
 __all__ = ["DGD", "EMA", "M3", "Accumulate", "DeepMomentum", "DeltaMomentum", "PreconditionedMomentum"]
 
@@ -40,11 +40,6 @@ ALLOWED = {
 
 
 # ---- Tensors that FSDP2 may have sharded ----
-
-
-def in_float32(t: Tensor) -> Tensor:
-    """t in float32 at least."""
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
