@@ -22,6 +22,7 @@ What to know before reading:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import operator
@@ -37,6 +38,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -400,6 +403,15 @@ def check_state(model: Hope, state: HopeState, b: int) -> None:
             require(one == other, f"block {i} of the state has the parts {one} and the model's {other}; {anew}")
 
 
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all weights."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        found.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        found.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 @dataclass
 class Weights:
     """One group of n memories in mid-stream: per layer, tensors (b, h, n, o, i)."""
@@ -485,16 +497,50 @@ class HopeState:
         """The state of these sequences of the batch, in this order; a row may be taken more than once, to branch."""
         return map_state(lambda z: z[rows], self)
 
-    def save(self, path: Any) -> None:
-        """Write the state to a file."""
-        torch.save(map_state(lambda z: z.detach().cpu().clone(), self), path)
+    def save(self, path: str | Path, model: nn.Module | None = None) -> None:
+        """Write the state to a safetensors file; with `model`, also a fingerprint of the weights that it belongs to."""
+        tensors: dict[str, Tensor] = {}
+
+        def describe(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                name = str(len(tensors))
+                tensors[name] = part.detach().cpu().clone(memory_format=torch.contiguous_format)
+                return {"tensor": name}
+            if is_dataclass(part):
+                return {"class": type(part).__name__} | {f.name: describe(getattr(part, f.name)) for f in fields(part)}
+            return [describe(one) for one in part] if isinstance(part, (list, tuple)) else part
+
+        state = json.dumps(describe(self))
+        save_file(tensors, path, {"state": state, "model": "" if model is None else fingerprint(model)})
 
     @staticmethod
-    def load(path: Any) -> HopeState:
-        """A state that `save` wrote. Only tensors and the classes of states are read, no other code can run."""
-        classes = [HopeState, MemoryState, AttentionState, Weights, FastMLP, Segment]
-        with torch.serialization.safe_globals(classes):
-            return torch.load(path, weights_only=True)
+    def load(path: str | Path, model: Hope | None = None) -> HopeState:
+        """A state that `save` wrote; nothing is unpickled. With `model`, on its device and checked to be one of its.
+
+        ValueError for any other file, and for a state of another model or of other weights.
+        """
+        classes = {c.__name__: c for c in (HopeState, MemoryState, AttentionState, Weights, FastMLP, Segment)}
+        device = "cpu" if model is None else str(model.embed.weight.device)
+
+        def build(part: Any) -> Any:
+            if isinstance(part, list):
+                return [build(one) for one in part]
+            if not isinstance(part, dict):
+                return part
+            if "tensor" in part:
+                return file.get_tensor(part["tensor"])
+            return classes[part["class"]](**{name: build(one) for name, one in part.items() if name != "class"})
+
+        try:
+            with safe_open(path, "pt", device=device) as file:
+                about = file.metadata() or {}
+                state, rows = build(json.loads(about["state"])), len(file.get_tensor("0"))
+            if model is not None:
+                check_state(model, state, rows)
+                require(about["model"] in ("", fingerprint(model)), "it was saved with a model of other weights")
+        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as e:
+            raise ValueError(f"{path} is not a state of this model ({e}); give a file that HopeState.save made") from e
+        return state
 
 
 # ---- Memories ----
@@ -1467,8 +1513,6 @@ def load(folder: str | Path) -> Hope:
     require(found, f"{given}; give one that train.py made, such as runs/tiny")
     model = Hope(HopeConfig.from_dict(json.loads((folder / "config.json").read_text())["model"])).eval()
     if exported.exists():
-        from safetensors.torch import load_file
-
         model.load_state_dict(load_file(exported))
         return model
     from torch.distributed.checkpoint import HuggingFaceStorageReader  # takes a second
