@@ -4,6 +4,7 @@
     python train.py --arch transformer++               the baseline, same data, same steps
     python train.py --data my.txt                      your own text: files, patterns, or a data set of the hub
     python train.py --sample runs/tiny --prompt "The " continue a prompt with a trained model
+    python train.py --chat runs/tiny                   talk to it, and have it read your files
     python train.py --resume runs/tiny                 go on with a run that was stopped
     torchrun --nproc_per_node=8 train.py --size 760m   eight GPUs; --nodes for more than one machine
 
@@ -79,6 +80,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+import chat
 import hope
 import kernels
 import optim
@@ -187,22 +189,25 @@ class Command:
     resume: str = setting("", "go on with the run in this directory, with the settings it was started with")
     prepare: bool = setting(False, "prepare the data for such a run, and stop")
     sample: str = setting("", "print a sample from the run or the export in this directory")
+    chat: str = setting("", "talk to the run or the export in this directory; it learns from what it reads")
     export: str = setting("", "write the weights of the run in directory DIR to DIR/export, as safetensors")
     plan: bool = setting(False, "print memory, operations and days that a run takes; starts none")
     gpus: int = setting(1, "plan: how many GPUs", least=1)
     tokens: float = setting(0.0, "plan: tokens to train on; 0: those of --steps", least=0, below=INF)
     utilisation: float = setting(0.3, "plan: part of the GPUs' peak that is reached, an assumption", above=0, most=1)
     prompt: str = setting("The ", "sample: what it starts with")
-    max_new_tokens: int = setting(300, "sample: its length", least=1)
-    temperature: float = setting(1.0, "sample: 0 takes the likeliest", least=0, below=INF)
-    top_k: int = setting(0, "sample: among so many likeliest tokens only; 0: among all", least=0)
+    max_new_tokens: int = setting(300, "sample, chat: the most that is said at once", least=1)
+    temperature: float = setting(1.0, "sample, chat: 0 takes the likeliest", least=0, below=INF)
+    top_k: int = setting(0, "sample, chat: among so many likeliest tokens only; 0: among all", least=0)
     top_p: float = setting(
-        0.9, "sample: among the likeliest tokens that have this much of the probability", above=0, most=1
+        0.9, "sample, chat: among the likeliest tokens that have this much of the probability", above=0, most=1
     )
 
     def __post_init__(self) -> None:
         check_settings(self)
-        instead = [f"--{name}" for name in ("sample", "export", "resume", "prepare", "plan") if getattr(self, name)]
+        instead = [
+            f"--{name}" for name in ("sample", "chat", "export", "resume", "prepare", "plan") if getattr(self, name)
+        ]
         if len(instead) > 1 and not set(instead) <= {"--resume", "--plan"}:
             raise ValueError(f"{' and '.join(instead)} are different things to do; give one of them")
 
@@ -1788,16 +1793,19 @@ def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> Non
 # ---- Sampling and export ----
 
 
+def drawing(how: Command) -> dict[str, Any]:
+    return dict(temperature=how.temperature, top_k=how.top_k or None, top_p=how.top_p)
+
+
 def sample_text(model: Hope, tokenizer: Tokenizer, how: Command, seed: int) -> str:
     """The prompt and what the model makes of it, up to the end of the document, control characters as \\x1b."""
     torch.manual_seed(seed)
     tokens = torch.tensor([tokenizer.encode(how.prompt).tolist()], device=model.embed.weight.device)
-    drawn = dict(temperature=how.temperature, top_k=how.top_k or None, top_p=how.top_p, stop=[tokenizer.eot])
     fix = "it has diverged: train anew with a smaller --lr, or delete its last checkpoints"
     with explained("this model gives no sample", fix, RuntimeError, ValueError):
-        new = model.generate(tokens, how.max_new_tokens, **drawn)[0].tolist()
+        new = model.generate(tokens, how.max_new_tokens, stop=[tokenizer.eot], **drawing(how))[0].tolist()
     text = how.prompt + tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new)
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    return chat.printable(text)
 
 
 def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer, dict]:
@@ -1856,7 +1864,7 @@ def init_from(model: Hope, tokenizer: Tokenizer, folder: Path) -> None:
 
 # What --help shows; --help-all shows everything.
 EVERYDAY = (
-    "resume", "prepare", "sample", "export", "plan", "gpus", "prompt", "size", "arch", "data", "tokenizer", "out",
+    "resume", "prepare", "sample", "chat", "export", "plan", "gpus", "prompt", "size", "arch", "data", "tokenizer", "out",
     "steps", "batch_size", "seq_len", "optimizer", "lr", "seed", "device", "compile",
 )  # fmt: skip
 
@@ -1954,6 +1962,12 @@ def run_command(args: argparse.Namespace) -> int:
             raise UserError('--prompt is empty; give some text to start from, as in --prompt "The "')
         config, model, tokenizer, _ = trained(Path(command.sample), args.device)
         print(sample_text(model, tokenizer, command, config.seed if args.seed is None else args.seed))
+    elif command.chat:
+        config, model, tokenizer, about = trained(Path(command.chat), args.device)
+        torch.manual_seed(config.seed if args.seed is None else args.seed)
+        size = sum(p.numel() for p in model.parameters())
+        title = f"{command.chat}: {config.arch}, size {config.size}, {size:,} parameters"
+        chat.talk(model, tokenizer, title, max_new_tokens=command.max_new_tokens, **drawing(command))
     elif command.export:
         export(Path(command.export), args.device)
     elif command.plan:
