@@ -31,12 +31,12 @@ def test_every_import_of_the_code_is_a_dependency():
     listed = {re.split(r"[<>=!]", d)[0] for d in PROJECT["dependencies"]}
     import sys
 
-    for name in ("chat", "hope", "kernels", "optim", "train"):
+    for name in ("chat", "data", "hope", "kernels", "optim", "train"):
         source = (ROOT / f"{name}.py").read_text()
         used = (
             set(re.findall(r"^(?:import|from) (\w+)", source, re.M))
             - sys.stdlib_module_names
-            - {"chat", "hope", "kernels", "optim"}
+            - {"chat", "data", "hope", "kernels", "optim"}
         )
         assert used <= listed, (name, used - listed)
 
@@ -60,7 +60,7 @@ def test_what_modules_offer_exists_and_is_what_a_star_imports():
 
 
 def test_top_level_modules_are_these():
-    assert {p.name for p in ROOT.glob("*.py")} == {"chat.py", "hope.py", "kernels.py", "optim.py", "train.py"}
+    assert {p.name for p in ROOT.glob("*.py")} == {"chat.py", "data.py", "hope.py", "kernels.py", "optim.py", "train.py"}
 
 
 def test_readme_begins_with_the_two_commands():
