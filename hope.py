@@ -752,8 +752,6 @@ class Memory(SequenceLayer):
         ):
             if present:
                 self.gates[name] = Gate(h, c.d_head, bias) if name in c.adaptive else StaticGate(d, h, bias)
-        if c.decay == "fixed":
-            self.register_buffer("fixed_alpha", 1 - 2.0 ** -(5 + torch.arange(h)).view(h, 1), persistent=False)
         self.start = nn.ParameterDict()
         self.parts = ["proj", "main"] if self.adaptive else ["main"]
         for part in self.parts:
@@ -839,8 +837,10 @@ class Memory(SequenceLayer):
         ones = some.new_ones(some.shape[:3])
         if c.step == "one":
             streams["eta"] = ones
-        if c.decay != "gate":
-            streams["alpha"] = ones * self.fixed_alpha.to(ones) if c.decay == "fixed" else ones
+        if c.decay == "none":
+            streams["alpha"] = ones
+        elif c.decay == "fixed":  # RetNet's
+            streams["alpha"] = ones * (1 - 2.0 ** -(5 + torch.arange(c.n_head, device=x.device)))[:, None]
         return streams
 
     def _scan(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:

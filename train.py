@@ -35,7 +35,6 @@ import argparse
 import difflib
 import json
 import math
-import re
 import shutil
 import threading
 import time
@@ -71,6 +70,7 @@ from tqdm import tqdm
 
 import chat
 import hope
+import hub
 import kernels
 import optim
 from data import (
@@ -195,7 +195,9 @@ class Command:
     prepare: bool = setting(False, "prepare the data for such a run, and stop")
     sample: str = setting("", "print a sample from the run or the export in this directory")
     chat: str = setting("", "talk to the run or the export in this directory; it learns from what it reads")
-    export: str = setting("", "write the weights of the run in directory DIR to DIR/export, as safetensors")
+    export: str = setting(
+        "", "write the weights of the run in directory DIR to DIR/export, for --init-from and for transformers"
+    )
     plan: bool = setting(False, "print memory, operations and days that a run takes; starts none")
     gpus: int = setting(1, "plan: how many GPUs", least=1)
     tokens: float = setting(0.0, "plan: tokens to train on; 0: those of --steps", least=0, below=INF)
@@ -1158,20 +1160,17 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
 
 
 def export(run: Path, device: str | None) -> None:
-    """Write RUN/export: model.safetensors, config.json and, where there is one, the tokenizer; see --init-from."""
+    """Write RUN/export: weights, settings and tokenizer for --init-from, and what transformers needs; see hub.py."""
     if (run / "model.safetensors").exists():
         raise UserError(f"{run} is an export already; give the run that it was made from")
     _, model, tokenizer, about = trained(run, device)
     target, beside = run / "export", run / ".export"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    write_atomically(beside / "model.safetensors", safetensors.torch.save(weights))
-    tokenizer.save(beside)
-    about["model_sha256"] = file_sha256(beside / "model.safetensors")
-    write_atomically(beside / "config.json", signed(about))
+    validated = [row for row in Run(run).log() if "val_loss" in row and row["step"] <= about["step"]]
+    hub.write_folder(beside, model, tokenizer, about, validated[-1] if validated else {})
     put_in_place(beside, target)
-    print(f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters")
+    print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters; AutoModelForCausalLM reads it as well")
 
 
 def init_from(model: Hope, tokenizer: Tokenizer, folder: Path) -> None:
