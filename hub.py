@@ -40,7 +40,7 @@ continuum memory system, are written while it reads.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 prompt = tokenizer("The ", return_tensors="pt").input_ids
 said = model.generate(prompt, max_new_tokens=100)                 # its state takes the place of a cache

@@ -1,6 +1,8 @@
 """What the files around the code promise."""
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -29,15 +31,13 @@ def test_torch_has_an_upper_bound_and_triton_is_for_linux():
 
 def test_every_import_of_the_code_is_a_dependency():
     listed = {re.split(r"[<>=!]", d)[0] for d in PROJECT["dependencies"]}
-    import sys
-
-    for name in ("chat", "data", "hope", "kernels", "optim", "train"):
-        source = (ROOT / f"{name}.py").read_text()
-        used = (
-            set(re.findall(r"^(?:import|from) (\w+)", source, re.M))
-            - sys.stdlib_module_names
-            - {"chat", "data", "hope", "kernels", "optim"}
-        )
+    for name in ("chat", "data", "demo", "hope", "hub", "kernels", "optim", "train"):
+        used = set()
+        for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [one.name for one in node.names] if isinstance(node, ast.Import) else [node.module]
+                used |= {name.split(".")[0] for name in names}
+        used -= sys.stdlib_module_names | {"chat", "data", "hub", "hope", "kernels", "optim"}
         assert used <= listed, (name, used - listed)
 
 
@@ -60,7 +60,8 @@ def test_what_modules_offer_exists_and_is_what_a_star_imports():
 
 
 def test_top_level_modules_are_these():
-    assert {p.name for p in ROOT.glob("*.py")} == {"chat.py", "data.py", "hope.py", "kernels.py", "optim.py", "train.py"}
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert {p.stem for p in ROOT.glob("*.py")} == set(modules) and len(modules) == 9
 
 
 def test_readme_begins_with_the_two_commands():
