@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,8 @@ from tqdm import tqdm
 import hope
 from hope import Hope, HopeState, MemoryState
 
-try:
+with suppress(ImportError):  # on Windows
     import readline  # noqa: F401  with it, input() has editing and a history
-except ImportError:  # on Windows
-    pass
 
 HELP = """\
 /read FILE    learn from a text file
@@ -70,15 +69,15 @@ class Chat:
         self.heard: dict[Path, float] = {}  # bits per byte of files when they were read last
         return "forgotten"
 
-    def observe(self, tokens: list[int], bar: Any = None) -> list[float]:
+    @torch.no_grad()
+    def observe(self, tokens: list[int]) -> list[float]:
         """Learn from tokens that follow; returns nats for each, but for the first of a stream."""
-        nats: list[float] = []
-        with torch.no_grad():
+        nats, quiet = [], None if len(tokens) > PIECE else True  # None: unless this is a terminal
+        with tqdm(total=len(tokens), desc="reading", unit=" tokens", leave=False, disable=quiet) as bar:
             for piece in self._batch(tokens).split(PIECE, 1):
                 losses, self.state = self.model.observe(piece, state=self.state, reduction="none")
                 nats += losses[0].tolist()
-                if bar is not None:
-                    bar.update(piece.shape[1])
+                bar.update(piece.shape[1])
         return nats
 
     def _batch(self, tokens: list[int]) -> Tensor:
@@ -92,12 +91,14 @@ class Chat:
     def read(self, name: str) -> str:
         """Learn from a file, a document by itself, and say how well it was predicted."""
         path, eot = Path(name).expanduser().resolve(), [self.tokenizer.eot]
-        tokens = self.tokenizer.encode(path.read_text(encoding="utf-8")).tolist()
+        try:
+            tokens = self.tokenizer.encode(path.read_text(encoding="utf-8")).tolist()
+        except UnicodeDecodeError:
+            raise ValueError(f"{name} is not text in UTF-8") from None
         if not tokens:
             raise ValueError(f"{name} is empty")
         tokens = (eot if not self.between else []) + tokens + eot
-        with tqdm(total=len(tokens), desc="reading", unit=" tokens", leave=False, disable=None) as bar:
-            nats = self.observe(tokens, bar)
+        nats = self.observe(tokens)
         size = max(1, int(self.tokenizer.lengths[tokens].sum()))
         now, before = sum(nats) / math.log(2) / size, self.heard.get(path)
         self.heard[path] = now
@@ -149,39 +150,32 @@ class Chat:
 
     def levels(self) -> str:
         """The table of levels, and how far those that are written in context have moved."""
-        lines, state = [str(hope.levels(self.model))], self.state
+        table, state, model = str(hope.levels(self.model)), self.state, self.model
         if state is None:
-            return "\n".join([*lines, "nothing was read yet"])
-        lines.append(f"\n{state.observed:,} tokens observed; moved since, as a part of the start state's norm:")
-        start = self.model.init_state(1)
-        memories = [
-            (s.main.now, t.main.now) for s, t in zip(state.memories, start.memories) if isinstance(s, MemoryState)
-        ]
-        if memories:
-            lines.append(f"memories  {moved(memories):.3f}")
-        for i in self.model.config.written:
-            weights = [block.cms.levels[i].matrices for block in self.model.blocks]
-            deltas = [[w + d[0] for w, d in zip(ws, fast[i].delta)] for ws, fast in zip(weights, state.cms)]
-            lines.append(f"CMS, C = {self.model.config.cms[i]:g}  {moved([*zip(deltas, weights)]):.3f}")
-        return "\n".join(lines)
+            return f"{table}\n\nnothing was read yet"
+        moved: dict[str, list[tuple[Tensor, Tensor]]] = {}  # by how much, from where
+        for block, memory, start, cms in zip(model.blocks, state.memories, model.init_state(1).memories, state.cms):
+            if isinstance(memory, MemoryState):
+                steps = [(now - was, was) for now, was in zip(memory.main.now, start.main.now)]
+                moved.setdefault("memories", []).extend(steps)
+            for i in model.config.written:
+                steps = zip(cms[i].delta, block.cms.levels[i].matrices)
+                moved.setdefault(f"CMS, C = {model.config.cms[i]:g}", []).extend(steps)
+        norm = lambda tensors: torch.cat([z.detach().float().flatten() for z in tensors]).norm().item()
+        parts = [f"{name:<16}{norm(d for d, _ in s) / norm(w for _, w in s):.3f}" for name, s in moved.items()]
+        head = f"{state.observed:,} tokens observed; moved since, as a part of the start state's norm:"
+        return "\n".join([table, "", head, *parts])
 
     def command(self, line: str) -> str:
         """Do what a line that begins with / says; returns what is to be shown."""
         name, _, given = line[1:].partition(" ")
-        with_file = {"read": self.read, "save": self.save, "load": self.load}
-        without = {"forget": self.forget, "levels": self.levels, "help": lambda: HELP}
-        if name in with_file and not given.strip():
-            raise ValueError(f"/{name} what? Give a file, as in: /{name} notes.txt")
-        if name not in with_file | without:
+        if name in (without := {"forget": self.forget, "levels": self.levels, "help": lambda: HELP}):
+            return without[name]()
+        if name not in (with_file := {"read": self.read, "save": self.save, "load": self.load}):
             raise ValueError(f"no command /{name}; /help lists them")
-        return with_file[name](given.strip()) if name in with_file else without[name]()
-
-
-def moved(pairs: list[tuple[list[Tensor], list[Tensor]]]) -> float:
-    """|now - start| / |start| over all tensors of (now, start)."""
-    square = lambda tensors: sum(z.detach().float().square().sum().item() for z in tensors)
-    differences = [a - b for now, start in pairs for a, b in zip(now, start)]
-    return math.sqrt(square(differences) / max(1e-30, square(b for _, start in pairs for b in start)))
+        if not given.strip():
+            raise ValueError(f"/{name} what? Give a file, as in: /{name} notes.txt")
+        return with_file[name](given.strip())
 
 
 def talk(model: Hope, tokenizer: Any, title: str, **how: Any) -> None:
@@ -206,4 +200,5 @@ def talk(model: Hope, tokenizer: Any, title: str, **how: Any) -> None:
         except KeyboardInterrupt:
             print("  (stopped)")
         except (OSError, ValueError, SafetensorError) as e:
-            print(printable(" ".join(str(e).split())))
+            why = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e)
+            print(printable(" ".join(why.split())))

@@ -30,9 +30,9 @@ CSS = """
 .tokens { background: #fff; color: #111; font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap;
           overflow-wrap: anywhere; padding: 1em; border: 1px solid #ddd; border-radius: 8px; max-height: 60vh; overflow-y: auto }
 .tokens span { border-radius: 2px; padding: 2px 0 }
-.readings { width: 100%; font-size: 14px; border: none !important }
-.readings th, .readings td { text-align: left; padding: 4px 12px 4px 0 !important; border: none !important;
-                             border-bottom: 1px solid #8884 !important }
+.readings { width: 100%; font-size: 14px }
+.readings, .readings tr, .readings th, .readings td { border: none !important }
+.readings th, .readings td { text-align: left; padding: 4px 12px 4px 0 !important; border-bottom: 1px solid #8884 !important }
 .readings td:nth-child(n+4) { font-variant-numeric: tabular-nums; white-space: nowrap }
 """
 
@@ -96,7 +96,7 @@ def read(model: Hope, tokenizer: Tokenizer, session: Session, text: str, on: lis
                 moved(min(1.0, (i + 1) * PIECE / stream.shape[1]), desc="reading")
     bits = [nat / math.log(2) for nat in nats[-len(tokens) :]]
     per_byte = sum(bits) / max(1, int(tokenizer.lengths[tokens].sum()))
-    new = Reading(text.strip()[:40], tokens, bits, ", ".join(on) or "nothing", per_byte)
+    new = Reading(text.strip()[:40], tokens, bits, " + ".join(on) or "nothing", per_byte)
     return replace(session, state=state, readings=[*session.readings, new])
 
 
