@@ -1596,22 +1596,33 @@ def from_pretrained(
         except ImportError:
             raise ImportError('transformers is missing; run: pip install "nested-learning-hope[pretrained]"') from None
         model = AutoModelForCausalLM.from_pretrained(model_or_path, **extra)
+    return take_over(Hope(pretrained_config(model, cms, cms_rate, **overrides)), model)
+
+
+def pretrained_config(
+    model: nn.Module, cms: Sequence[float] = (64,), cms_rate: Sequence[float] = (0.01,), **overrides: Any
+) -> HopeConfig:
+    """Of what `from_pretrained` makes of a model of transformers, which may be on the meta device."""
     kind = type(model).__name__
     require(kind in FAMILIES, f"cannot take over a {kind}; allowed: {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    settings = pretrained_settings(model, family)
+    settings = pretrained_settings(model, FAMILIES[kind])
     fixed = set(overrides) & set(settings)
     require(not fixed, f"the checkpoint fixes {', '.join(sorted(fixed))}; leave out what is fixed")
-    new = Hope(HopeConfig.preset(cms=tuple(cms), cms_rate=tuple(cms_rate), **settings, **overrides))
-    with torch.no_grad():
-        blocks = [(block, model.get_submodule(family.layers)[i], INNER) for i, block in enumerate(new.blocks)]
-        for ours, theirs, names in [(new, model, OUTER), *blocks]:
-            for name, columns in names.items():
-                if columns[family.column] and (name != "head" or not new.config.tied):
-                    copy_modules(modules_of(ours, name), modules_of(theirs, columns[family.column]))
-        for block in new.blocks:
-            for level in block.cms.levels[1:]:
-                level.w_out.weight.zero_()
+    return HopeConfig.preset(cms=tuple(cms), cms_rate=tuple(cms_rate), **settings, **overrides)
+
+
+@torch.no_grad()
+def take_over(new: Hope, model: nn.Module) -> Hope:
+    """`new`, which has the config of `model`, with its weights."""
+    family = FAMILIES[type(model).__name__]
+    blocks = [(block, model.get_submodule(family.layers)[i], INNER) for i, block in enumerate(new.blocks)]
+    for ours, theirs, names in [(new, model, OUTER), *blocks]:
+        for name, columns in names.items():
+            if columns[family.column] and (name != "head" or not new.config.tied):
+                copy_modules(modules_of(ours, name), modules_of(theirs, columns[family.column]))
+    for block in new.blocks:
+        for level in block.cms.levels[1:]:
+            level.w_out.weight.zero_()
     return new
 
 

@@ -87,6 +87,7 @@ from data import (
     read_signed,
     reason,
     signed,
+    tokenizer_in,
     write_atomically,
 )  # fmt: skip
 from hope import INF, Hope, HopeConfig, MemoryConfig, check_settings, setting
@@ -145,7 +146,11 @@ class TrainConfig:
     ema: float = setting(
         0.0, "validate and sample with an average of the weights that keeps this part a step; 0: none", least=0, below=1
     )
-    init_from: str = setting("", "a folder that --export made: start with its model's weights, settings and tokenizer")
+    init_from: str = setting(
+        "",
+        "a folder that --export made, or one of a pre-trained Llama, Mistral, Qwen2 or GPT-2 model, whose MLPs then learn in context: "
+        "start with its weights, settings and tokenizer",
+    )
     overfit_one_batch: bool = setting(False, "read the first batch at every step: the loss must fall to almost nothing")
     eval_every: int = setting(50, "steps between two validations", least=1)
     save_every: int = setting(50, "steps between two checkpoints", least=1)
@@ -885,7 +890,8 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     # Unprepared data is prepared by the first process to lock it, and the others wait.
     corpus = world.together(lambda: Corpus.open(config))
     tokenizer = corpus.tokenizer
-    model_config = replace(model_config, vocab_size=tokenizer.vocab_size)
+    if not config.init_from:  # whose table of embeddings may be longer than its vocabulary
+        model_config = replace(model_config, vocab_size=tokenizer.vocab_size)
     stored = to_json(config, model_config, {"data_sha256": corpus.sha256, "tokenizer_sha256": tokenizer.sha256})
     torch.manual_seed(config.seed)
     model = Hope(model_config).to(world.device)
@@ -907,7 +913,8 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
         say(f"{run.path}: finished already; {again}\n{result(run)}")
         return 0
     size = sum(p.numel() for p in model.parameters())
-    title = f"{config.arch}, size {config.size}, {size:,} parameters"
+    what = f"from {Path(config.init_from).name}" if config.init_from else f"size {config.size}"
+    title = f"{config.arch}, {what}, {size:,} parameters"
     on = f"{world.size} x {world.device.type}" if world.size > 1 else world.device
     say(
         f"\n{title}\n{corpus}, on {on}\n\n{hope.levels(model, [o for o in optimizers if not isinstance(o, optim.EMA)])}\n"
@@ -1081,7 +1088,8 @@ def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> Non
             f"{on} on {config.nodes} nodes cannot share {config.batch_size} sequences a step evenly; "
             "change --gpus, --nodes or --batch-size"
         )
-    model_config = replace(model_config, vocab_size=foreseen_vocabulary(config))
+    if not config.init_from:
+        model_config = replace(model_config, vocab_size=foreseen_vocabulary(config))
     with torch.device("meta"):
         model = Hope(model_config)
     size = sum(p.numel() for p in model.parameters())
@@ -1129,16 +1137,25 @@ def sample_text(model: Hope, tokenizer: Tokenizer, how: Command, seed: int) -> s
     """The prompt and what the model makes of it, up to the end of the document, control characters as \\x1b."""
     torch.manual_seed(seed)
     tokens = torch.tensor([tokenizer.encode(how.prompt).tolist()], device=model.embed.weight.device)
+    longest = model.config.n_position or math.inf  # with learnt positions a stream has an end
+    most = int(min(how.max_new_tokens, max(1, longest - tokens.shape[1])))
     fix = "it has diverged: train anew with a smaller --lr, or delete its last checkpoints"
     with explained("this model gives no sample", fix, RuntimeError, ValueError):
-        new = model.generate(tokens, how.max_new_tokens, stop=[tokenizer.eot], **drawing(how))[0].tolist()
+        new = model.generate(tokens, most, stop=[tokenizer.eot], **drawing(how))[0].tolist()
     text = how.prompt + tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new)
     return chat.printable(text)
 
 
 def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer, dict]:
-    """Settings, model (its averaged weights, if it has some) and tokenizer of the run or export at `path`, and what it is."""
+    """Settings, model (its averaged weights, if it has some) and tokenizer of the run or export at `path`, and what it is.
+
+    It may also be the folder of a pre-trained model of transformers.
+    """
     run = Run(path)
+    if theirs := of_transformers(path):
+        config = TrainConfig(arch="hope-attention", init_from=str(path))
+        model = hope.from_pretrained(theirs(weights=True)).to(World(replace(config, device=device or "auto")).device)
+        return config, model, make_tokenizer(str(path), tuple), {}
     config, model_config, sha256 = from_json(path / "config.json")
     exported = (path / "model.safetensors").exists()
     anew = f"or have it written anew: python train.py --resume {path}"
@@ -1173,8 +1190,34 @@ def export(run: Path, device: str | None) -> None:
     print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters; AutoModelForCausalLM reads it as well")
 
 
+def of_transformers(folder: Path) -> Callable[..., torch.nn.Module] | None:
+    """For a folder with a pre-trained model of transformers, what makes that model, on the meta device without weights."""
+    path = folder / "config.json"
+    with explained(f"{path} cannot be used", "give a folder that --export made, or one of a pre-trained model"):
+        about = json.loads(path.read_text()) if path.exists() else {}
+        if about.get("model_type", "hope") == "hope":
+            return None
+
+    def make(weights: bool = False) -> torch.nn.Module:
+        transformers = extra("transformers", f"the model in {folder}")
+        with explained(f"{folder} cannot be used", "give a folder that AutoModelForCausalLM loads", Exception):
+            auto = transformers.AutoModelForCausalLM
+            if weights:
+                return auto.from_pretrained(str(folder), local_files_only=True)
+            with torch.device("meta"):
+                return auto.from_config(transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True))
+
+    return make
+
+
 def init_from(model: Hope, tokenizer: Tokenizer, folder: Path) -> None:
-    """Take over the weights of an export."""
+    """Take over the weights of an export, or of a pre-trained model of transformers."""
+    if theirs := of_transformers(folder):
+        if tokenizer.vocab_size > model.config.vocab_size:
+            here = f"{folder} has embeddings for {model.config.vocab_size:,} tokens, not {tokenizer.vocab_size:,}"
+            raise UserError(f"{here}; take its own tokenizer, which is the default")
+        hope.take_over(model, theirs(weights=True))
+        return
     fix = "give a folder that --export made"
     with explained(f"{folder} cannot be used", fix, Exception):
         about = read_signed(folder / "config.json", fix)
@@ -1273,9 +1316,11 @@ def configs(args: argparse.Namespace) -> tuple[TrainConfig, HopeConfig]:
     if not (folder := args.resume or args.init_from):
         config = TrainConfig(**settings)
         return config, HopeConfig.preset(config.size, config.arch, **outer, **inner)
+    if not args.resume and (theirs := of_transformers(Path(folder))):
+        base = {"arch": "hope-attention", "tokenizer": folder, "out": f"runs/{Path(folder).resolve().name}"}
+        return TrainConfig(**base | settings), hope.pretrained_config(theirs(), **outer, **inner)
     config, model, _ = from_json(Path(folder, "config.json"))
-    own = Path(folder, "tokenizer.tiktoken")
-    base = {"size": config.size, "arch": config.arch, "tokenizer": str(own) if own.exists() else "bytes"}
+    base = {"size": config.size, "arch": config.arch, "tokenizer": tokenizer_in(Path(folder))}
     settings = asdict(config) | settings | {"out": folder} if args.resume else base | settings
     return TrainConfig(**settings), replace(model, memory=replace(model.memory, **inner), **outer)
 
@@ -1291,7 +1336,7 @@ def run_command(args: argparse.Namespace) -> int:
         config, model, tokenizer, about = trained(Path(command.chat), args.device)
         torch.manual_seed(config.seed if args.seed is None else args.seed)
         size = sum(p.numel() for p in model.parameters())
-        title = f"{command.chat}: {config.arch}, size {config.size}, {size:,} parameters"
+        title = f"{command.chat}: {config.arch}, {size:,} parameters"
         chat.talk(model, tokenizer, title, max_new_tokens=command.max_new_tokens, **drawing(command))
     elif command.export:
         export(Path(command.export), args.device)
