@@ -65,8 +65,7 @@ class Chat:
 
     def forget(self) -> str:
         self.state: HopeState | None = None
-        self.talking = False  # a conversation has begun
-        self.heard: dict[Path, float] = {}  # bits per byte of files when they were read last
+        self.talking, self.heard = False, {}  # whether a conversation has begun; bits per byte of files, read last
         return "forgotten"
 
     @torch.no_grad()
@@ -74,14 +73,11 @@ class Chat:
         """Learn from tokens that follow; returns nats for each, but for the first of a stream."""
         nats, quiet = [], None if len(tokens) > PIECE else True  # None: unless this is a terminal
         with tqdm(total=len(tokens), desc="reading", unit=" tokens", leave=False, disable=quiet) as bar:
-            for piece in self._batch(tokens).split(PIECE, 1):
+            for piece in torch.tensor([tokens], device=self.model.embed.weight.device).split(PIECE, 1):
                 losses, self.state = self.model.observe(piece, state=self.state, reduction="none")
                 nats += losses[0].tolist()
                 bar.update(piece.shape[1])
         return nats
-
-    def _batch(self, tokens: list[int]) -> Tensor:
-        return torch.tensor([tokens], dtype=torch.long, device=self.model.embed.weight.device)
 
     @property
     def between(self) -> bool:
@@ -121,7 +117,8 @@ class Chat:
         """Learn from a turn and answer it, piece by piece; the state stands after what was said so far."""
         self.observe(self.turn(text))
         self.talking, said, shown = True, [], 0
-        stream = self.model.stream(self._batch([]), state=self.state, stop=[self.tokenizer.eot], **self.drawn)
+        nothing_new, stop = self.state.pending[:, :0], [self.tokenizer.eot]
+        stream = self.model.stream(nothing_new, state=self.state, stop=stop, **self.drawn)
         for new, self.state in islice(stream, self.max_new_tokens):
             if self.between:
                 break
@@ -162,9 +159,10 @@ class Chat:
                 steps = zip(cms[i].delta, block.cms.levels[i].matrices)
                 moved.setdefault(f"CMS, C = {model.config.cms[i]:g}", []).extend(steps)
         norm = lambda tensors: torch.cat([z.detach().float().flatten() for z in tensors]).norm().item()
-        parts = [f"{name:<16}{norm(d for d, _ in s) / norm(w for _, w in s):.3f}" for name, s in moved.items()]
-        head = f"{state.observed:,} tokens observed; moved since, as a part of the start state's norm:"
-        return "\n".join([table, "", head, *parts])
+        rows = [f"{name:<16}{norm(d for d, _ in s) / norm(w for _, w in s):.3g}" for name, s in moved.items()]
+        return "\n".join(
+            [table, f"\n{state.observed:,} tokens observed; moved, in parts of the start state's norm:", *rows]
+        )
 
     def command(self, line: str) -> str:
         """Do what a line that begins with / says; returns what is to be shown."""

@@ -119,8 +119,8 @@ class TrainConfig:
     text_field: str = setting("text", "field of a jsonl file, parquet file or data set that holds the text")
     tokenizer: str = setting(
         "",
-        "bytes; train:N for N byte pairs learnt from the data; a tiktoken encoding such as gpt2; or a .tiktoken file; "
-        "default: bytes for size tiny, else train:32000",
+        "bytes; train:N for N byte pairs learnt from the data; a tiktoken encoding such as gpt2; a .tiktoken file; or a "
+        "folder that AutoTokenizer loads; default: bytes for size tiny, else train:32000",
     )
     held_out: float = setting(
         0.0, "part of the documents that is held out; 0: a tenth, less of the named data sets", least=0, below=1
