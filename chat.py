@@ -1,7 +1,7 @@
 """Talk to a model that learns from what it reads: the loop behind `train.py --chat RUN`.
 
-One stream of tokens is carried from turn to turn in a `hope.HopeState`, and that state is all the history there is. What
-you write is observed, so memories and CMS learn from it; what the model says is only read. A model with a chat template,
+One stream is carried from turn to turn in a `hope.HopeState`, and that state is all the history there is. What you
+write is observed, so memories and CMS learn from it; what the model says is only read. A model with a chat template,
 as instruct models have, is asked in that form; any other goes on with your text.
 """
 
@@ -160,9 +160,8 @@ class Chat:
                 moved.setdefault(f"CMS, C = {model.config.cms[i]:g}", []).extend(steps)
         norm = lambda tensors: torch.cat([z.detach().float().flatten() for z in tensors]).norm().item()
         rows = [f"{name:<16}{norm(d for d, _ in s) / norm(w for _, w in s):.3g}" for name, s in moved.items()]
-        return "\n".join(
-            [table, f"\n{state.observed:,} tokens observed; moved, in parts of the start state's norm:", *rows]
-        )
+        head = f"\n{state.observed:,} tokens observed; moved, in parts of the start state's norm:"
+        return "\n".join([table, head, *rows])
 
     def command(self, line: str) -> str:
         """Do what a line that begins with / says; returns what is to be shown."""

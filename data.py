@@ -320,8 +320,10 @@ def tokenizer_in(folder: Path) -> str:
     own, settings = folder / "tokenizer.tiktoken", folder / "tokenizer_config.json"
     if own.exists():
         return str(own)
-    ours = not settings.exists() or "pattern" in settings.read_text(errors="replace")
-    return "bytes" if ours else str(folder)
+    if not settings.exists():
+        return "bytes"
+    with explained(f"{settings} cannot be used", "restore it"):
+        return "bytes" if "pattern" in json.loads(settings.read_text()) else str(folder)
 
 
 def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
@@ -553,7 +555,7 @@ def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
     if not (folder / "manifest.json").is_file():
         source, name = Source(config), config.tokenizer_name
         identity = source.identity | {"tokenizer": name}
-        if Path(name).exists():
+        if name.endswith(".tiktoken") or Path(name).is_dir():
             identity["tokenizer_file"] = make_tokenizer(name, tuple).sha256
         label = "-".join(Path(part).name for part in (*config.data.split(","), name))
         label = "-".join(re.findall(r"[\w.]+", label))[:60].strip(".")

@@ -2,7 +2,7 @@
 
     demo.launch(model, tokenizer)   serves it on 127.0.0.1 until Ctrl-C; needs gradio, and no network
 
-Every token is coloured by its surprise, -log2 p in bits. Read the text twice, and the page shows what was learnt from it;
+Every token is coloured by its surprise, -log2 p in bits. Read the text twice, and the page shows what was learnt;
 memory and every level of the CMS can be switched off. Sampling goes on from what was read, and changes nothing.
 """
 
@@ -28,11 +28,11 @@ A word that comes again is less of one: Ozymandias, Ozymandias, Ozymandias.
 Whoever reads this twice knows how it ends: with a blue door in Antwerp."""
 CSS = """
 .tokens { background: #fff; color: #111; font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap;
-          overflow-wrap: anywhere; padding: 1em; border: 1px solid #ddd; border-radius: 8px; max-height: 60vh; overflow-y: auto }
+          overflow-wrap: anywhere; padding: 1em; border: 1px solid #ddd; max-height: 60vh; overflow-y: auto }
 .tokens span { border-radius: 2px; padding: 2px 0 }
 .readings { width: 100%; font-size: 14px }
 .readings, .readings tr, .readings th, .readings td { border: none !important }
-.readings th, .readings td { text-align: left; padding: 4px 12px 4px 0 !important; border-bottom: 1px solid #8884 !important }
+.readings th, .readings td { text-align: left; padding: 4px 9px 4px 0 !important; border-bottom: 1px solid #ccc !important }
 .readings td:nth-child(n+4) { font-variant-numeric: tabular-nums; white-space: nowrap }
 """
 

@@ -1,4 +1,4 @@
-"""Weights for others: an export, the folder that `train.py --init-from`, `hope.load` and Hugging Face's transformers read.
+"""Weights for others: an export, the folder that `train.py --init-from`, `hope.load` and transformers read.
 
     model.safetensors, config.json   weights and settings; config.json is signed, so that --init-from sees alterations
     tokenizer.json, ...              what AutoTokenizer reads

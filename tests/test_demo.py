@@ -13,7 +13,7 @@ import hope
 from data import Tokenizer, UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-sync --no-first-run"
 TEXT = "the memory reads\nwhat the memory wrote, naïvely" * 2
 
 

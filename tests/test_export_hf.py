@@ -1,4 +1,4 @@
-"""A run's export as transformers reads it: in a process of its own, which knows the folder and no file of this project."""
+"""A run's export as transformers reads it, in a process that knows the folder and no file of this project."""
 
 import json
 import os
