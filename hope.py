@@ -1361,6 +1361,18 @@ class Hope(nn.Module):
         found = (losses[:, before:], memories, new, logits[:, before:])
         return found if keep_graph else map_state(Tensor.detach, found)
 
+    @outside_inference_mode
+    def restart(self, state: HopeState, levels: Sequence[int] | None = None, surprise: float = 0.0) -> HopeState:
+        """The state in front of another text: memories as before the first token, the CMS with what it has learnt.
+
+        The clock goes on, and an open chunk counts; levels, surprise: how it was observed.
+        """
+        sizes: list[int] = []
+        map_state(lambda z: sizes.append(len(z)) or z, state.memories)
+        check_state(self, state, sizes[0])
+        state = self._bank(state, Lesson(levels, surprise))
+        return replace(state, memories=self.init_state(sizes[0]).memories, pending=None)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def stream(

@@ -1801,7 +1801,12 @@ def sample_text(model: Hope, tokenizer: Tokenizer, how: Command, seed: int) -> s
 
 
 def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer, dict]:
-    """Settings, model (its averaged weights, if it has some) and tokenizer of the run or export at `path`, and what it is."""
+    """Settings, model (its averaged weights, if it has some) and tokenizer of the run or export at `path`, and what it is.
+
+    A run's newest checkpoint, unless `path` is that of another one.
+    """
+    chosen = path if path.parent.name == "checkpoints" else None
+    path = chosen.parents[1] if chosen else path
     run = Run(path)
     config, model_config, sha256 = from_json(path / "config.json")
     exported = (path / "model.safetensors").exists()
@@ -1816,7 +1821,9 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
         return config, model, tokenizer, to_json(config, model_config, sha256)
     average = [optim.EMA(model.parameters(), config.ema)] if config.ema else []
     about = to_json(config, model_config, sha256)
-    state = run.load(run.saved()[-1], about, tensors_of(model, average), world)
+    if chosen and chosen not in run.saved():
+        raise UserError(f"there is no {chosen}; there are: {', '.join(p.name for p in run.saved())}")
+    state = run.load(chosen or run.saved()[-1], about, tensors_of(model, average), world)
     with averaged(average):
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.load_state_dict(weights)
