@@ -39,15 +39,16 @@ from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure as Picture
 from torch import Tensor
 from tqdm import tqdm
 
 import hope
+import report
 import tasks
 import train
+from data import Corpus, Source, UserError, explained, extra, fingerprint, reason
 from hope import INF, Hope, HopeState, check_settings, setting
-from train import TrainConfig, UserError, fingerprint, reason
+from train import TrainConfig
 
 # ---- Settings ----
 
@@ -74,24 +75,38 @@ class Options:
         "tasks.py, as in mqar,pairs=8 (task:recall for the one that is called like a group); any task of "
         "lm-evaluation-harness",
     )
-    memorize: Literal["both", "on", "off"] = setting("both", "whether the CMS learns from what it reads; both: two columns")
-    memorize_levels: tuple[int, ...] = setting((), "levels of the CMS that learn, by their place in its chunks; default: all")
+    memorize: Literal["both", "on", "off"] = setting(
+        "both", "whether the CMS learns from what it reads; both: two columns"
+    )
+    memorize_levels: tuple[int, ...] = setting(
+        (), "levels of the CMS that learn, by their place in its chunks; default: all"
+    )
     memorize_surprise: float = setting(0.0, "only segments of more nats per token than this teach", least=0, below=INF)
-    memorize_steps: int = setting(1, "how often a prompt is read; between two times only the CMS keeps what it has learnt", least=1)
+    memorize_steps: int = setting(
+        1, "how often a prompt is read; between two times only the CMS keeps what it has learnt", least=1
+    )
     memorize_answer: bool = setting(False, "ablation: learn from answers too, each after it has been scored")
     memorize_keep: bool = setting(False, "keep what the CMS has learnt from one sample to the next, in their order")
     limit: int = setting(0, "samples of a task; 0: all, 256 of tasks.py, 16 windows of a text", least=0)
-    seeds: tuple[int, ...] = setting((0,), "of the rows of tasks.py, of the order of classes, and of few-shot examples", least=0)
+    seeds: tuple[int, ...] = setting(
+        (0,), "of the rows of tasks.py, of the order of classes, and of few-shot examples", least=0
+    )
     fewshot: int = setting(-1, "examples in front of a question of the harness; -1: as the task says", least=-1)
-    lengths: tuple[int, ...] = setting((), "tokens of the contexts of ruler and babilong; default: 4096, and no filler", least=0)
+    lengths: tuple[int, ...] = setting(
+        (), "tokens of the contexts of ruler and babilong; default: 4096, and no filler", least=0
+    )
     include_path: str = setting("", "folder with harness tasks of your own, as YAML")
     batch_size: int = setting(16, "sequences at once", least=1)
     context: int = setting(
         0, "tokens that the memories see at once, longer text in windows; 0: with attention to everything the length of "
         "training, else no limit", least=0,
     )  # fmt: skip
-    checkpoints: tuple[str, ...] = setting((), "measure at these steps of the run, or these runs, as well; shows what was forgotten")
-    cms: tuple[float, ...] = setting((64.0,), "pre-trained models: chunk sizes of the CMS that is made of their MLPs", least=1)
+    checkpoints: tuple[str, ...] = setting(
+        (), "measure at these steps of the run, or these runs, as well; shows what was forgotten"
+    )
+    cms: tuple[float, ...] = setting(
+        (64.0,), "pre-trained models: chunk sizes of the CMS that is made of their MLPs", least=1
+    )
     cms_rate: tuple[float, ...] = setting((0.01,), "pre-trained models: its inner step sizes", least=0)
     gguf_file: str = setting("", "pre-trained models: a file of the folder in this format")
     fine_tune_lr: float = setting(1e-3, "continual: learning rate of fine-tuning (AdamW)", above=0)
@@ -122,7 +137,9 @@ class Memorize:
         unable = set(options.memorize_levels) - set(able)
         if unable or options.memorize == "on" and not able:
             given = f"--memorize-levels {','.join(map(str, unable))}" if unable else "--memorize on"
-            has = f"its levels {', '.join(map(str, able))} do" if able else "none of its levels does: use --memorize off"
+            has = (
+                f"its levels {', '.join(map(str, able))} do" if able else "none of its levels does: use --memorize off"
+            )
             raise UserError(f"{given}: the CMS of this model does not learn that in context; {has}")
         o = options
         levels = o.memorize_levels or tuple(able)
@@ -164,14 +181,24 @@ class Subject:
     def load(cls, path: str, options: Options) -> Subject:
         """A run, one of its checkpoints, an export, or a pre-trained model by its folder or name."""
         folder, device = Path(path), train.pick_device(options.device)
-        if (folder / "checkpoints").is_dir() or folder.parent.name == "checkpoints" or (folder / "model.safetensors").exists() and "train" in json.loads((folder / "config.json").read_text()):
+        if (
+            (folder / "checkpoints").is_dir()
+            or folder.parent.name == "checkpoints"
+            or (folder / "model.safetensors").exists()
+            and "train" in json.loads((folder / "config.json").read_text())
+        ):
             config, model, tokenizer, about = train.trained(folder, options.device)
             home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
-            about = {"name": f"{config.arch} {config.size}", "arch": config.arch, "data": config.data, "step": about.get("step")}
+            about = {
+                "name": f"{config.arch} {config.size}",
+                "arch": config.arch,
+                "data": config.data,
+                "step": about.get("step"),
+            }
             start, tokenizer_folder = [tokenizer.eot], str(home)
         else:
             about = "give a run or an export of train.py, or the name or folder of a pre-trained model"
-            with train.explained(f"{path} cannot be loaded", about, Exception):
+            with explained(f"{path} cannot be loaded", about, Exception):
                 named = {"gguf_file": options.gguf_file} if options.gguf_file else {}
                 model = hope.from_pretrained(path, cms=options.cms, cms_rate=options.cms_rate, **named).to(device)
                 import transformers
@@ -279,7 +306,9 @@ class Reader:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         t = inputs.shape[1]
         cut = max(0, t - max(1, self.context - room)) if self.context else 0
-        lengths = [n for n in (cut % max(1, self.context), *[self.context] * (cut // max(1, self.context)), t - cut) if n]
+        lengths = [
+            n for n in (cut % max(1, self.context), *[self.context] * (cut // max(1, self.context)), t - cut) if n
+        ]
         windows = [*zip(inputs.split(lengths, 1), targets.split(lengths, 1))] if lengths else []
         state = self.begin(len(tokens))
         for _ in range(self.memorize.steps if self.memorize else 1):
@@ -379,7 +408,10 @@ class Reader:
             tokens = self.tensor(prompts[i] for i in batch)
             state = self.prompt(tokens, min(most, self.context // 2))
             said, texts, done = [[] for _ in batch], [""] * len(batch), [False] * len(batch)
-            stream, after = self.model.stream(tokens[:, -1:], temperature, state=state, stop=[self.tokenizer.eot], **how), state
+            stream, after = (
+                self.model.stream(tokens[:, -1:], temperature, state=state, stop=[self.tokenizer.eot], **how),
+                state,
+            )
             for _ in range(most):
                 full = self.context and after.memories[0].t >= self.context
                 if full or all(done) or not (found := self.timed(lambda: next(stream, None), len(batch))):
@@ -424,7 +456,7 @@ class Results:
     """RUN/evaluation.jsonl, a row for every figure; beside it, until a command is done, the answers it has so far."""
 
     def __init__(self, folder: Path):
-        with train.explained(f"{folder} cannot be written", "give another folder by --out", OSError):
+        with explained(f"{folder} cannot be written", "give another folder by --out", OSError):
             folder.mkdir(parents=True, exist_ok=True)
         self.path, self.partial = folder / "evaluation.jsonl", folder / "evaluation.partial.jsonl"
         self.rows = lines_of(self.path)
@@ -628,12 +660,12 @@ def run_task(spec: str, subject: Subject, reader: Reader, options: Options, ask:
 def text_tokens(subject: Subject, text: str, field: str, most: int) -> np.ndarray:
     """The first tokens of a text, documents one after the other: what --data takes, or else the run's held-out part."""
     if not text and subject.about["data"] and not subject.about["data"].startswith("task:"):
-        return np.concatenate([tokens for tokens, _ in train.Corpus.open(subject.config).held_out.parts])
+        return np.concatenate([tokens for tokens, _ in Corpus.open(subject.config).held_out.parts])
     named = {"pg19": "hf:deepmind/pg19"}.get(text, text or "pydoc")
     split = "test" if text == "pg19" else subject.config.data_split
     config = replace(subject.config, data=named, data_config="", data_split=split, text_field=field)
     found, size = [], 0
-    for piece in train.Source(config):
+    for piece in Source(config):
         if piece.held_out is not False:
             start = subject.start if piece.begins else []
             found.append(np.concatenate([start, subject.tokenizer.encode(piece.text)]).astype(np.int64))
@@ -700,24 +732,26 @@ def labelled(o: dict[str, Any]) -> dict[str, list[Labelled]]:
             found[label] = [("".join(map(chr, text)), label) for text in texts]
         return found
     if name == "digits":
-        sets = train.extra("sklearn.datasets", "set=digits").load_digits()
+        sets = extra("sklearn.datasets", "set=digits").load_digits()
         for image, label in zip(sets.data.astype(int) // 2, sets.target):
             found.setdefault(str(label), []).append(("".join(chr(ord("a") + level) for level in image), str(label)))
         return found
     if name.endswith((".jsonl", ".json")):
-        with train.explained(f"set={name} cannot be read", "give a file with one JSON object a line"):
+        with explained(f"set={name} cannot be read", "give a file with one JSON object a line"):
             rows, text, label = lines_of(Path(name)) if Path(name).exists() else open(name), o["text"], o["label"]
     else:
         where, config, text, label = LABELLED.get(name, (name, None, o["text"], o["label"]))
         fix = f"give synthetic, digits, {', '.join(LABELLED)}, a jsonl file, or a name of the hub and a network"
-        with train.explained(f"set={name} must be downloaded once, and that failed", fix, Exception):
-            rows = train.extra("datasets", f"set={name}").load_dataset(where, config, split="train")
+        with explained(f"set={name} must be downloaded once, and that failed", fix, Exception):
+            rows = extra("datasets", f"set={name}").load_dataset(where, config, split="train")
             names = getattr(rows.features[label], "names", None)
             rows = [row | {label: names[row[label]]} for row in rows] if names else rows
     group = o["domain"] or label
     for row in rows:
         if missing := {text, label, group} - set(row):
-            raise UserError(f"set={name} has no field {min(missing)}, there are: {', '.join(row)}; name it, as in text=NAME")
+            raise UserError(
+                f"set={name} has no field {min(missing)}, there are: {', '.join(row)}; name it, as in text=NAME"
+            )
         found.setdefault(str(row[group]), []).append((str(row[text]), str(row[label])))
     return found
 
@@ -734,7 +768,9 @@ def make_stages(o: dict[str, Any], seed: int) -> list[Stage]:
             stage.test.extend(examples[o["shots"] : o["shots"] + o["tests"]])
         stages.append(stage._replace(train=[stage.train[j] for j in rng.permutation(len(stage.train))]))
     if len(stages) < 2 or not all(stage.test for stage in stages):
-        raise UserError(f"set={o['set']} has {len(groups)} classes or domains; two stages need more, or fewer shots={o['shots']}")
+        raise UserError(
+            f"set={o['set']} has {len(groups)} classes or domains; two stages need more, or fewer shots={o['shots']}"
+        )
     return stages
 
 
@@ -849,177 +885,11 @@ def run_continual(spec: str, subject: Subject, reader: Reader, options: Options,
     for method, found in by_method.items():
         curves, lost = np.array([curve for curve, _ in found]), [z for _, z in found]
         error = spread(curves[:, -1])
-        figures.append(Figure(spec, f"accuracy, {method}", curves[:, -1].mean(), error, len(found), curves.mean(0).tolist()))
+        figures.append(
+            Figure(spec, f"accuracy, {method}", curves[:, -1].mean(), error, len(found), curves.mean(0).tolist())
+        )
         figures.append(Figure(spec, f"forgetting, {method}", float(np.mean(lost)), spread(lost), len(found)))
     return figures
-
-
-# ---- Tables and pictures ----
-
-
-class Layout(NamedTuple):
-    """A table of the paper: tasks and metrics of its columns, what makes ours theirs, and its rows."""
-
-    title: str
-    columns: list[tuple[str, str, float]]
-    rows: dict[str, str]
-
-
-LAYOUTS = [
-    Layout(
-        "Table 1, needles in a haystack (%)",
-        [(f"niah_single_{i}", str(length), 100) for i in (1, 2, 3) for length in (4096, 8192, 16384)],
-        {
-            "Transformer": "88.6 76.4 79.8 100 98.8 94.2 78.0 69.2 40.8",
-            "Hope-Attention": "100 100 100 100 98.4 94.4 76.8 68.8 42.4",
-            "Titans": "100 100 100 99.6 84.6 75.4 74.2 42.8 21.2",
-            "Hope": "100 100 100 99.2 88.4 78.2 73.2 46.2 24.8",
-        },
-    ),
-    Layout(
-        "Table 2, language modelling (perplexity) and common sense (%)",
-        [("wikitext", "word_perplexity", 1), ("lambada_openai", "perplexity", 1), ("lambada_openai", "acc", 100),
-         ("piqa", "acc", 100), ("hellaswag", "acc_norm", 100), ("winogrande", "acc", 100), ("arc_easy", "acc", 100),
-         ("arc_challenge", "acc_norm", 100), ("social_iqa", "acc", 100), ("boolq", "acc", 100)],
-        {
-            "Transformer++ 760M": "24.18 24.27 37.1 67.2 43.8 53.0 65.6 33.4 39.1 61.7",
-            "DeltaNet 760M": "24.52 24.38 36.8 67.3 44.5 51.8 64.2 32.7 39.6 60.1",
-            "Titans 760M": "20.08 21.52 38.1 69.1 48.5 52.7 66.2 35.7 40.3 62.8",
-            "Hope 760M": "18.68 20.07 38.8 69.2 49.1 53.6 66.8 36.1 41.2 63.4",
-            "Transformer++ 1.3B": "17.92 17.73 42.6 71.4 52.3 54.1 69.9 36.5 41.8 58.4",
-            "DeltaNet 1.3B": "18.62 17.10 41.6 70.1 49.4 52.7 67.6 35.2 39.7 54.8",
-            "Titans 1.3B": "15.60 11.41 49.1 73.1 56.3 59.8 72.4 40.8 42.1 61.0",
-            "Hope 1.3B": "14.39 10.08 51.0 73.9 57.5 61.2 73.8 42.7 42.8 61.4",
-        },
-    ),
-    Layout(
-        "Table 4, MAD (%)",
-        [(name, "accuracy", 1) for name in GROUPS["mad"][:5]],
-        {"Transformer": "49.4 100 47.9 96.2 83.7", "Titans": "49.8 100 50.0 99.4 83.4", "Hope": "51.2 100 52.1 99.7 85.2"},
-    ),
-    Layout(
-        "Table 5, formal languages (% of strings)",
-        [(name, length, 1) for name in GROUPS["formal"] for length in ("1-40", "41-80")],
-        {"Hope": " ".join(["100"] * 12)},
-    ),
-]  # fmt: skip
-
-
-def aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    line = lambda row: "  ".join([row[0].ljust(widths[0]), *(z.rjust(w) for z, w in zip(row[1:], widths[1:]))]).rstrip()
-    return "\n".join(map(line, rows))
-
-
-def column_of(row: dict) -> str:
-    """Under what a figure stands: the model, and how it read."""
-    step = f", step {row['model']['step']}" if row["model"]["step"] else ""
-    m = row["memorize"]
-    how = [f"{name} {m[name]}" for name, usual in (("surprise", 0), ("steps", 1)) if m[name] != usual] if m else []
-    how += [name for name in ("answer", "keep") if m and m[name]]
-    return row["model"]["name"] + step + ("; memorised" + f" ({', '.join(how)})" * bool(how) if m else "")
-
-
-def tables(rows: list[dict]) -> str:
-    """Every figure with the columns side by side; then what the paper has, in its layout, its rows below ours."""
-    columns = [*dict.fromkeys(map(column_of, rows))]
-    cells, speeds = {}, {}
-    for row in rows:
-        error = "" if row["stderr"] is None else f" ±{row['stderr']:.2g}"
-        cells[row["task"], row["metric"], column_of(row)] = row["value"], f"{row['value']:.4g}{error}"
-        if row["tokens_per_s"]:
-            speeds[row["task"], column_of(row)] = f"{row['tokens_per_s']:,.0f}"
-    body, last = [["", "", *columns]], None
-    for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
-        if task != last and any((task, c) in speeds for c in columns):
-            body.append([task, "tokens/s", *(speeds.get((task, c), "") for c in columns)])
-        body.append(["" if task == last else task, metric, *(cells.get((task, metric, c), ("", ""))[1] for c in columns)])
-        if task != last and len(body) > 2 and body[-2][0] == task:
-            body[-1][0] = ""
-        last = task
-    parts = [aligned([[f"{task:<14} {metric}", *rest] for task, metric, *rest in body])]
-    plain = {(task.split(",")[0], metric, c): value for (task, metric, c), (value, _) in cells.items()}
-    for title, names, paper in LAYOUTS:
-        if not any((*name[:2], c) in plain for name in names for c in columns):
-            continue
-        body = [[title, *(f"{task}:{metric}" for task, metric, _ in names), "average"]]
-        for c in columns:
-            values = [plain.get((task, metric, c), math.nan) * factor for task, metric, factor in names]
-            body.append([c, *("-" if math.isnan(z) else f"{z:.2f}" for z in values)])
-            body[-1].append(average(values, names))
-        for name, text in paper.items():
-            body.append([f"paper: {name}", *text.split(), average([*map(float, text.split())], names)])
-        parts.append(aligned(body))
-    return "\n\n".join([*parts, *forgotten(rows)])
-
-
-def average(values: list[float], names: list) -> str:
-    """Of the percents, where none is missing."""
-    percents = [z for z, (_, metric, _) in zip(values, names) if "perplexity" not in metric]
-    return "-" if any(map(math.isnan, percents)) else f"{np.mean(percents):.2f}"
-
-
-def lower_is_better(metric: str) -> bool:
-    return any(name in metric for name in ("perplexity", "bits", "loss", "forgetting"))
-
-
-def by_checkpoint(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows of the same figure at different times, if there are several."""
-    found: dict[tuple, list[dict]] = {}
-    for row in rows:
-        found.setdefault((row["task"], row["metric"], "; memorised" * bool(row["memorize"])), []).append(row)
-    return {name: some for name, some in found.items() if len(some) > 1}
-
-
-def forgotten(rows: list[dict]) -> list[str]:
-    """How far the last checkpoint is from the best one before it."""
-    body = [["forgetting over checkpoints", "best", "last", "forgotten"]]
-    for (task, metric, how), some in by_checkpoint(rows).items():
-        values = [row["value"] for row in some]
-        best = (min if lower_is_better(metric) else max)(values)
-        lost = values[-1] - best if lower_is_better(metric) else best - values[-1]
-        body.append([f"{task} {metric}{how}", f"{best:.4g}", f"{values[-1]:.4g}", f"{lost:.4g}"])
-    return [aligned(body)] if len(body) > 1 else []
-
-
-def draw(path: Path, title: str, x: str, y: str, curves: dict[str, tuple[list, list]], log: bool = False) -> None:
-    picture = Picture(figsize=(7, 4), layout="constrained")
-    ax = picture.subplots()
-    for (name, points), marker in zip(curves.items(), "osD^v<>px*" * 9):
-        ax.plot(*points, marker=marker, label=name)
-    if log:
-        ax.set_xscale("log", base=2)
-    ax.set(xlabel=x, ylabel=y, title=title)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=9)
-    picture.savefig(path, dpi=150)
-    print(path)
-
-
-def plot(rows: list[dict], folder: Path) -> None:
-    """What has an order is drawn as curves: positions, lengths, stages, checkpoints."""
-    ordered: dict[tuple[str, str], dict[str, tuple[list, list]]] = {}
-    for row in rows:
-        task, metric, column = row["task"].split(",")[0], row["metric"], column_of(row)
-        if found := re.fullmatch(r"perplexity at \d+-(\d+)", metric):
-            kind, name, x, y = ("position", "tokens in front"), column, int(found[1]), row["value"]
-        elif found := re.fullmatch(r"\d+", metric):
-            kind, name, x, y = ("length", "tokens of context"), f"{task}, {column}", int(metric), row["value"]
-        elif row["curve"]:
-            kind, name = ("continual", "stages met"), f"{metric.split(', ')[1]}, {column}"
-            x, y = [*range(1, 1 + len(row["curve"]))], row["curve"]
-        else:
-            continue
-        points = ordered.setdefault(kind, {}).setdefault(name, ([], []))
-        for z, values in zip(points, (x, y)):
-            z.extend(values if isinstance(values, list) else [values])
-    names = {"position": "perplexity", "length": "accuracy", "continual": "accuracy on stages met (%)"}
-    for (kind, x), curves in ordered.items():
-        draw(folder / f"evaluation-{kind}.png", kind, x, names[kind], curves, log=kind != "continual")
-    several = by_checkpoint([row for row in rows if row["model"]["step"] and " at " not in row["metric"]])
-    if several:
-        points = {f"{task} {metric}{how}": ([r["model"]["step"] for r in some], [r["value"] for r in some]) for (task, metric, how), some in several.items()}
-        draw(folder / "evaluation-checkpoints.png", "over the training run", "optimizer step", "value", points)
 
 
 # ---- Command line ----
@@ -1060,7 +930,9 @@ def measure(path: str, options: Options, results: Results | None = None) -> tupl
     for spec, run in jobs_of(options):
         for memorize in [None] if run is run_continual else Memorize.of(options, subject.model):
             how = asdict(memorize) if memorize else None
-            free = ("tasks", "plot", "out", "anew", "device", "checkpoints", "batch_size") + tuple(name for name in asdict(options) if name.startswith("memorize"))
+            free = ("tasks", "plot", "out", "anew", "device", "checkpoints", "batch_size") + tuple(
+                name for name in asdict(options) if name.startswith("memorize")
+            )
             scope = {name: value for name, value in asdict(options).items() if name not in free}
             scope |= {"steps": options.memorize_steps} if run is run_continual else {}
             key = fingerprint(json.loads(json.dumps([subject.about["weights"], spec, how, scope])))[:16]
@@ -1075,7 +947,14 @@ def measure(path: str, options: Options, results: Results | None = None) -> tupl
                     failures.append(str(e))
                     break
                 speed = reader.tokens / reader.seconds if reader.seconds else None
-                about = {"memorize": how, "seeds": options.seeds, "tokens_per_s": speed, "model": subject.about, "settings": scope, "versions": versions()}
+                about = {
+                    "memorize": how,
+                    "seeds": options.seeds,
+                    "tokens_per_s": speed,
+                    "model": subject.about,
+                    "settings": scope,
+                    "versions": versions(),
+                }
                 results.add(key, [figure._asdict() | about for figure in figures])
             rows += results.of(key)
     return results, rows, failures
@@ -1088,15 +967,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="evaluation.py", description=__doc__.split("\n\nEvery")[0], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="evaluation.py",
+        description=__doc__.split("\n\nEvery")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", metavar="RUN", help="a run or an export of train.py, or a pre-trained model")
     hints = get_type_hints(Options)
-    kinds = train.KINDS | {tuple[int, ...]: {"type": lambda text: tuple(map(int, text.split(","))), "metavar": "N,N,..."}}
+    kinds = train.KINDS | {
+        tuple[int, ...]: {"type": lambda text: tuple(map(int, text.split(","))), "metavar": "N,N,..."}
+    }
     for f in fields(Options):
         kind = kinds.get(hints[f.name]) or {"choices": get_args(hints[f.name])}
         if f.name in ("tasks", "checkpoints"):
             kind = {"nargs": "+", "metavar": "NAME"}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"].replace("%", "%%"), **kind)
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"].replace("%", "%%"), **kind
+        )
     return parser
 
 
@@ -1104,7 +992,11 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(make_parser().parse_args(argv))
     path = args.pop("run")
     try:
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items() if value is not None}
+        given = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in args.items()
+            if value is not None
+        }
         options = Options(**given)
         results, rows, failures = None, [], []
         for checkpoint in options.checkpoints or [path]:
@@ -1119,10 +1011,10 @@ def main(argv: list[str] | None = None) -> int:
         print("evaluation.py: stopped; the same command goes on", file=sys.stderr)
         return 130
     if rows:
-        print(tables(rows))
+        print(report.tables(rows))
         print(f"\n{results.path}")
         if options.plot:
-            plot(rows, results.path.parent)
+            report.plot(rows, results.path.parent)
     for failure in failures:
         print(f"evaluation.py: not measured: {failure}", file=sys.stderr)
     if not failures:

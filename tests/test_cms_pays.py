@@ -12,6 +12,7 @@ import torch
 
 import hope
 import train
+from data import pydoc_text
 
 SEEDS, STREAM = (0, 1, 2), 2048
 
@@ -32,7 +33,7 @@ def bits_per_byte(model: hope.Hope, text: bytes, levels=None) -> float:
 def test_cms_writes_pay_on_held_out_text_and_on_text_of_another_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     texts = {
-        "held out": train.pydoc_text()[1].encode(),
+        "held out": pydoc_text()[1].encode(),
         "another kind": "".join(map(inspect.getsource, (__import__("argparse"), __import__("subprocess")))).encode(),
     }
     rows = []

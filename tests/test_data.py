@@ -18,7 +18,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from train import Corpus, Source, Tokenizer, TrainConfig, UserError
+from data import (
+    FILES,
+    PIECE,
+    SPLIT,
+    Corpus,
+    Source,
+    Tokenizer,
+    UserError,
+    batches,
+    cut_runs,
+    make_tokenizer,
+    prepare,
+    read_signed,
+    scramble,
+    shuffled,
+    signed,
+    write_atomically,
+)  # fmt: skip
+from train import TrainConfig
 
 WORDS = "the memory reads what a memory wrote and forgets all the rest of it at once, été 深い 🙂".split()
 
@@ -44,8 +62,8 @@ def jsonl():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(train, "PIECE", 1000)
-    monkeypatch.setattr(train, "BATCH", 3000)
+    monkeypatch.setattr("data.PIECE", 1000)
+    monkeypatch.setattr("data.BATCH", 3000)
 
 
 def config(data="docs.jsonl", **settings):
@@ -90,7 +108,7 @@ def test_text_that_looks_special_or_never_ends_is_only_text(text):
 
 @pytest.mark.parametrize("run", [" ", "\t", "\u3000", " \n", "a"], ids=repr)
 @pytest.mark.parametrize(
-    "pattern", [train.SPLIT, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"]
+    "pattern", [SPLIT, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"]
 )
 def test_a_million_spaces_are_text_and_leave_the_tokens_around_them_alone(run, pattern):
     tokenizer, run = Tokenizer(TRAINED.ranks, pattern), run * (1_000_000 // len(run))
@@ -103,8 +121,8 @@ def test_a_million_spaces_are_text_and_leave_the_tokens_around_them_alone(run, p
 
 def test_only_white_space_beyond_a_thousand_is_cut():
     for text in ("\n" * 1000 + "a", "word " * 9999, "x" * 10**6):
-        assert train.cut_runs(text) == [text]
-    assert train.cut_runs("a" + " " * 2500 + "b") == ["a" + " " * 1000, " " * 1000, " " * 500 + "b"]
+        assert cut_runs(text) == [text]
+    assert cut_runs("a" + " " * 2500 + "b") == ["a" + " " * 1000, " " * 1000, " " * 500 + "b"]
 
 
 @pytest.mark.parametrize("tokenizer", [Tokenizer(), TRAINED], ids=["bytes", "trained"])
@@ -129,7 +147,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark():
 
 
 def test_a_trained_vocabulary_has_the_asked_size_and_is_always_the_same():
-    code = "import train, test_data; print(train.Tokenizer.learn(320, test_data.documents(50)).sha256)"
+    code = "import data, test_data; print(data.Tokenizer.learn(320, test_data.documents(50)).sha256)"
     path = os.pathsep.join([str(Path(train.__file__).parent), str(Path(__file__).parent)])
     env = os.environ | {"RAYON_NUM_THREADS": "3", "PYTHONPATH": path, "PYTHONHASHSEED": "3"}
     assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).split()[-1] == TRAINED.sha256
@@ -154,8 +172,8 @@ def test_a_named_encoding_is_taken_from_tiktoken(monkeypatch):
 
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 257}  # 256 is free, as 50256 is in p50k_base
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiktoken.Encoding(
-        name, pat_str=train.SPLIT, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}))  # fmt: skip
-    tokenizer = train.make_tokenizer("p50k_base", list)
+        name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}))  # fmt: skip
+    tokenizer = make_tokenizer("p50k_base", list)
     assert (tokenizer.eot, tokenizer.vocab_size, tokenizer.encode("ab").tolist()) == (256, 258, [257])
 
 
@@ -181,7 +199,7 @@ def test_a_tokenizer_that_cannot_be_had_is_named_with_what_can_be(monkeypatch):
         ("few.tiktoken", "must hold all 256 bytes"),
     ):
         with pytest.raises(UserError) as e:
-            train.make_tokenizer(name, list)
+            make_tokenizer(name, list)
         assert message in str(e.value) and name in str(e.value), e.value
 
 
@@ -284,7 +302,7 @@ def test_a_data_set_of_lines_becomes_articles(monkeypatch):
     assert [piece.text for piece in source if piece.begins] == [" = One = \n", " = Two = \n"] * 2
     assert made == [(("Salesforce/wikitext", "wikitext-103-raw-v1"), {"split": "train", "streaming": True})]
     assert source.held_out == 0.01 and Source(config("wikitext-103", held_out=0.2)).held_out == 0.2
-    pieces = next(train.batches(Source(config("wikitext-103"))))[0]
+    pieces = next(batches(Source(config("wikitext-103"))))[0]
     assert "".join(p.text for p in pieces) == "".join(lines) and [p.begins for p in pieces].count(True) == 4
 
 
@@ -302,7 +320,7 @@ def test_data_that_cannot_be_used_is_named_with_the_reason(monkeypatch):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["fine"] * 69 + [None]}), "null.parquet")
     Path("list.json").write_text('[{"text": "fine"}, {"text": []}]')
     Path("empty").mkdir()
-    Path("late.txt").write_bytes(("é" * train.PIECE).encode() + b"\xff")
+    Path("late.txt").write_bytes(("é" * PIECE).encode() + b"\xff")
     Path("blank.txt").write_text(" \n" * 99)
     for data, message in (
         (
@@ -377,10 +395,10 @@ def test_preparation_that_stops_anywhere_goes_on_to_the_same_tokens(jsonl, small
             Path(f"set/train-{i}.jsonl").write_text("".join(Path("docs.jsonl").read_text().splitlines(True)[i::3]))
         data = f"hf:{Path('set').absolute()}"
     if data == "pydoc":
-        monkeypatch.setattr(train, "BATCH", 20000)
+        monkeypatch.setattr("data.BATCH", 20000)
     tokenizer = "train:400"
-    whole, manifest, _ = train.prepare(config(data, data_dir="whole", tokenizer=tokenizer))
-    write, stops = train.write_atomically, iter(range(999))
+    whole, manifest, _ = prepare(config(data, data_dir="whole", tokenizer=tokenizer))
+    write, stops = write_atomically, iter(range(999))
 
     def stopping(path, content):
         stop = next(stops) % 3 if path.name == "manifest.json" else None
@@ -390,20 +408,20 @@ def test_preparation_that_stops_anywhere_goes_on_to_the_same_tokens(jsonl, small
         if stop == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "write_atomically", stopping)
+    monkeypatch.setattr("data.write_atomically", stopping)
     for _ in range(999):
         try:
-            cut, again, _ = train.prepare(config(data, data_dir="cut", tokenizer=tokenizer))
+            cut, again, _ = prepare(config(data, data_dir="cut", tokenizer=tokenizer))
             break
         except KeyboardInterrupt:
             pass
     assert next(stops) > 10 and again["sha256s"] == manifest["sha256s"]
-    assert all((cut / file).read_bytes() == (whole / file).read_bytes() for file in train.FILES)
+    assert all((cut / file).read_bytes() == (whole / file).read_bytes() for file in FILES)
 
 
 def test_preparation_that_is_killed_goes_on_where_it_stopped():
     Path("docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(20_000)))
-    code = "import train; train.BATCH = 20000; train.main(['--prepare', '--data', 'docs.jsonl'])"
+    code = "import data, train; data.BATCH = 20000; train.main(['--prepare', '--data', 'docs.jsonl'])"
     env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
     process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL)
     known = lambda: [p for p in Path("data").glob("*.part/manifest.json") if json.loads(p.read_text())["position"]]
@@ -439,7 +457,7 @@ assert train.main(["--prepare", "--data", "big.txt"]) == 0
 
 
 def test_processes_that_start_together_prepare_once(jsonl):
-    code = "import train; train.BATCH = 8000; train.main(['--prepare', '--data', 'docs.jsonl', '--seq-len', '32'])"
+    code = "import data, train; data.BATCH = 8000; train.main(['--prepare', '--data', 'docs.jsonl', '--seq-len', '32'])"
     env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
     start = lambda: subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
     outputs = {p.communicate()[0] for p in [start(), start()]}
@@ -448,7 +466,7 @@ def test_processes_that_start_together_prepare_once(jsonl):
 
 
 def test_prepared_data_that_is_missing_short_or_altered_is_named(jsonl):
-    folder, _, _ = train.prepare(config())
+    folder, _, _ = prepare(config())
     path = folder / "train.tokens"
     good = path.read_bytes()
     fix = f"restore it, or delete {folder} to prepare it anew"
@@ -475,15 +493,15 @@ def test_a_prepared_folder_can_be_copied_and_needs_its_source_no_more(jsonl):
     assert sorted((p, p.stat().st_mtime_ns) for p in Path("elsewhere").iterdir()) == before  # it may be read-only
     with pytest.raises(UserError, match="elsewhere was prepared with --tokenizer train:400; leave --tokenizer out"):
         Corpus.open(config("elsewhere", tokenizer="bytes"))
-    manifest = train.read_signed(Path("elsewhere/manifest.json"))
+    manifest = read_signed(Path("elsewhere/manifest.json"))
     del manifest["sha256s"]
-    Path("elsewhere/manifest.json").write_text(train.signed(manifest))
+    Path("elsewhere/manifest.json").write_text(signed(manifest))
     with pytest.raises(UserError, match="its preparation was not finished"):
         Corpus.open(config("elsewhere"))
 
 
 def test_an_altered_manifest_or_tokenizer_is_refused(jsonl):
-    folder, _, _ = train.prepare(config(tokenizer="train:500"))
+    folder, _, _ = prepare(config(tokenizer="train:500"))
     path = folder / "manifest.json"
     good = path.read_text()
     for bad in (good[:100], good.replace('"held_out": ', '"held_out": 1'), "[]", "{}"):
@@ -511,7 +529,7 @@ def test_a_folder_that_cannot_be_written_is_named(jsonl, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "write_atomically", full)
+    monkeypatch.setattr("data.write_atomically", full)
     with pytest.raises(UserError, match="No space left on device.*goes on where this one stopped"):
         Corpus.open(config())
 
@@ -521,7 +539,7 @@ def test_a_folder_that_cannot_be_written_is_named(jsonl, monkeypatch):
 
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
 def test_shuffled_is_a_permutation(n, key):
-    assert sorted(train.shuffled(i, n, key) for i in range(n)) == list(range(n))
+    assert sorted(shuffled(i, n, key) for i in range(n)) == list(range(n))
 
 
 def test_shuffled_permutations_are_as_random_as_they_should_be():
@@ -529,10 +547,10 @@ def test_shuffled_permutations_are_as_random_as_they_should_be():
     count = torch.zeros(n, n)
     for key in range(keys):
         for i in range(n):
-            count[i, train.shuffled(i, n, train.scramble(0, key))] += 1
+            count[i, shuffled(i, n, scramble(0, key))] += 1
     chi2 = ((count - keys / n) ** 2 / (keys / n)).sum()
     assert chi2 < 70  # 36 degrees of freedom: less than 1 in 1,000 by chance
-    far = [train.shuffled(i, 10**12, 3) for i in range(1000)]
+    far = [shuffled(i, 10**12, 3) for i in range(1000)]
     assert len(set(far)) == 1000 and min(far) < 10**10 and max(far) > 10**12 - 10**10
 
 
@@ -637,7 +655,7 @@ def test_a_run_keeps_its_tokenizer_and_samples_with_it(jsonl, capsys):
     os.rename("data", "gone")  # the run has all that sampling needs
     assert train.main(["--sample", "mine", "--prompt", "Document", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("Document")
-    other = train.Tokenizer.learn(400, ["abracadabra " * 9, *(chr(i) * 99 for i in range(0x100, 0x200))])
+    other = Tokenizer.learn(400, ["abracadabra " * 9, *(chr(i) * 99 for i in range(0x100, 0x200))])
     assert other.vocab_size == 400  # as many tokens as the run's, of another text
     for damage in (lambda: Path("mine/tokenizer.tiktoken").unlink(), lambda: other.save(Path("mine"))):
         damage()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import hope
 import train
+from data import Corpus
 
 SMALL = dict(vocab_size=256, d_model=32, n_head=2, n_layer=2, chunk=16, chunk_proj=16)
 WRITES = dict(SMALL, cms=(16, 32, hope.INF), cms_rate=(4.0, 2.0))
@@ -57,7 +58,7 @@ CONFIG = train.TrainConfig(
 )
 
 
-class Gappy(train.Corpus):
+class Gappy(Corpus):
     """Leaves targets out, in every row another part of them, so that processes score different numbers of tokens."""
 
     def batch(self, step, rows):
@@ -122,7 +123,7 @@ def runs(tmp_path_factory):
     """The directory in which all runs were made, by one process (ALONE) and by two (RUNS)."""
     here, path = os.getcwd(), tmp_path_factory.mktemp("runs")
     os.chdir(path)
-    corpus, train.Corpus = train.Corpus, Gappy
+    train.Corpus = Gappy
     sample, train.sample_text = train.sample_text, lambda *args: ""
     try:
         g = torch.Generator().manual_seed(0)
@@ -140,7 +141,7 @@ def runs(tmp_path_factory):
         assert done.returncode == 0, done.stdout + done.stderr
         yield path
     finally:
-        train.Corpus, train.sample_text = corpus, sample
+        train.Corpus, train.sample_text = Corpus, sample
         os.chdir(here)
 
 

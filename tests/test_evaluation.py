@@ -1,17 +1,12 @@
 """evaluation.py: likelihoods and continuations with and without learning, the harness on local lines, interruptions."""
 
-import json
 import math
-import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-import evaluation
 import hope
-import tasks
 import train
 from evaluation import Memorize, Options, Reader, Subject
 

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 
 import train
+from data import Corpus, Tokenizer, UserError, file_sha256, read_signed, signed
 
 SMALL = "--d-model 16 --n-head 2 --n-layer 1 --chunk 16 --chunk-proj 16 --cms 16,32,inf --seq-len 64 --data text.txt --batch-size 4 --optimizer adamw".split()  # fmt: skip
 KILLS = int(os.environ.get("KILLS", 4))  # more for a longer trial
@@ -247,7 +248,7 @@ def test_a_step_without_a_usable_gradient_is_skipped_and_counted(how, monkeypatc
     at = [tensors(f"mine/checkpoints/step-{step:06d}") for step in range(1, 7)]
     equal = lambda a, b: all(torch.equal(a[k], b[k]) for k in a)
     assert equal(at[1], at[2]) and equal(at[3], at[4]) and not equal(at[2], at[3])
-    assert train.read_signed(Path("mine/checkpoints/step-000006/state.json"))["skips"] == 2
+    assert read_signed(Path("mine/checkpoints/step-000006/state.json"))["skips"] == 2
 
 
 def test_a_spike_is_no_reason_unless_asked_for(monkeypatch):
@@ -274,9 +275,9 @@ def rewrite(checkpoint, change):
     raw = file.read_bytes()
     new = change(safetensors.torch.load(raw))
     file.write_bytes(new if isinstance(new, bytes) else safetensors.torch.save(new))
-    state = train.read_signed(Path(checkpoint, "state.json"))
-    state["files"] = {file.name: train.file_sha256(file)}
-    Path(checkpoint, "state.json").write_text(train.signed(state))
+    state = read_signed(Path(checkpoint, "state.json"))
+    state["files"] = {file.name: file_sha256(file)}
+    Path(checkpoint, "state.json").write_text(signed(state))
 
 
 class Payload:
@@ -360,7 +361,7 @@ def test_five_hundred_damaged_files_are_loaded_rightly_or_refused_in_one_line(tr
     about, world = train.to_json(config, model_config, sha256), train.World(config)
     newest = Path("mine/checkpoints/step-000006")
     saved = train.Hope(model_config)
-    tokenizer = train.Tokenizer()
+    tokenizer = Tokenizer()
     train.Run(Path("mine")).load(newest, about, train.tensors_of(saved), world)
 
     def load():
@@ -387,7 +388,7 @@ def test_five_hundred_damaged_files_are_loaded_rightly_or_refused_in_one_line(tr
             file.write_bytes(new)
             try:
                 model = use()
-            except train.UserError as e:
+            except UserError as e:
                 assert "\n" not in str(e) and str(file.parent) in str(e)
                 outcomes["refused"] += 1
             else:
@@ -401,7 +402,7 @@ def test_five_hundred_damaged_files_are_loaded_rightly_or_refused_in_one_line(tr
 
 def test_damaged_tokens_and_manifests_are_loaded_rightly_or_refused_in_one_line():
     config = train.TrainConfig(data="text.txt", seq_len=64, data_dir="data", verify_data=True)
-    whole = train.Corpus.open(config)
+    whole = Corpus.open(config)
     x, _ = whole.batch(0, range(2))
     [folder] = [p for p in Path("data").iterdir() if p.is_dir()]
     g, outcomes = random.Random(0), {"loaded": 0, "refused": 0}
@@ -410,15 +411,15 @@ def test_damaged_tokens_and_manifests_are_loaded_rightly_or_refused_in_one_line(
         for _ in range(50):
             file.write_bytes(mutated(raw, g))
             try:
-                again = train.Corpus.open(config)
-            except train.UserError as e:
+                again = Corpus.open(config)
+            except UserError as e:
                 assert "\n" not in str(e)
                 outcomes["refused"] += 1
             else:
                 outcomes["loaded"] += 1
                 assert again.sha256 == whole.sha256 and torch.equal(again.batch(0, range(2))[0], x)
         file.write_bytes(raw)
-        train.Corpus.open(config)
+        Corpus.open(config)
     assert outcomes["refused"] > 50, outcomes
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import hope
 import optim
 import train
+from data import Corpus, pydoc_text
 
 SMALL = "--d-model 16 --n-head 2 --n-layer 1 --chunk 16 --chunk-proj 16 --cms 16,32,inf --seq-len 64 --data text.txt".split()
 ROOT = Path(train.__file__).parent
@@ -328,7 +329,7 @@ def test_help_is_one_screen_and_help_all_explains_every_flag(capsys):
 
 
 def test_held_out_text_is_not_in_the_training_text():
-    training, held_out = train.pydoc_text()
+    training, held_out = pydoc_text()
     long = [p for p in held_out.split("\n\n") if len(p) >= 80]
     assert len(long) > 100 and not any(p in training for p in long)
     assert len(training) > 3 * len(held_out) > 100_000
@@ -352,8 +353,8 @@ def test_one_batch_is_learnt_by_heart(capsys):
     assert run("--overfit-one-batch", "--steps", "150", "--eval-every", "150", "--d-model", "32") == 0
     log = rows()
     assert log[-1]["loss"] < 0.1 < 1 < log[0]["loss"]
-    x, _ = train.Corpus.open(train.TrainConfig(data="text.txt", seq_len=64, overfit_one_batch=True)).batch(7, range(2))
-    y, _ = train.Corpus.open(train.TrainConfig(data="text.txt", seq_len=64)).batch(0, range(2))
+    x, _ = Corpus.open(train.TrainConfig(data="text.txt", seq_len=64, overfit_one_batch=True)).batch(7, range(2))
+    y, _ = Corpus.open(train.TrainConfig(data="text.txt", seq_len=64)).batch(0, range(2))
     assert torch.equal(x, y)
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 from common import VOCAB, language_and_topics, table
 
 import hope
-import train
+from data import pydoc_text
 
 SEEDS = (0, 1, 2)
 STAY, LENGTH = 64, 256  # tokens that a topic stays, and of a training stream
@@ -177,7 +177,7 @@ def bits(model: hope.Hope, text: bytes, levels: tuple | None = None) -> float:
 
 
 def writes() -> dict:
-    training, held_out = (part.encode() for part in train.pydoc_text())
+    training, held_out = (part.encode() for part in pydoc_text())
     half = len(held_out) // 2
     code = "".join(inspect.getsource(__import__(name)) for name in ("argparse", "subprocess")).encode()
     tuning, shown = held_out[:half], {"held-out text": held_out[half:], "program code": code}

@@ -21,6 +21,7 @@ from torch import nn
 import hope
 import optim
 import train
+from data import Corpus
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -218,7 +219,7 @@ def bits_per_byte(optimizer: str, scale: float, seed: int, arch: str, steps: int
     """Held-out bits per byte of a tiny model after `steps` steps of 2 x 256 bytes; inf if it diverged."""
     torch.manual_seed(seed)
     config = train.TrainConfig(optimizer=optimizer, steps=steps, seq_len=256, seed=seed)
-    corpus = train.Corpus.open(config)
+    corpus = Corpus.open(config)
     model = hope.Hope(hope.HopeConfig.preset("tiny", arch, vocab_size=corpus.tokenizer.vocab_size))
     train.MATRIX_LR[optimizer] = scale
     optimizers = train.make_optimizers(model, config)

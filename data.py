@@ -1,0 +1,722 @@
+"""From text to the rows of tokens that a training step reads.
+
+In this file, in this order:
+
+    UserError, ...     errors in one line, and files that are whole or not there; train.py uses these too
+    Tokenizer          text to tokens and back
+    Source             the text that --data names, piece by piece
+    prepare            that text as files of tokens, made once
+    Rows, Corpus       the rows of a step: a pure function of (seed, step, row)
+
+train.py declares the settings (`TrainConfig`) and trains on what comes out of `Corpus.open`. Nothing here knows the model.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import glob
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:  # for annotations: the settings of a run, some of which are those of its data
+    from train import TrainConfig
+
+
+# ---- Errors and files ----
+
+
+class UserError(Exception):
+    """Something the user can put right; shown as one line, exit code 2."""
+
+
+def reason(e: BaseException) -> str:
+    """An exception in one line, with its type unless that says nothing."""
+    while getattr(e, "failures", None):  # a CheckpointException gathers those of all processes
+        e = next(iter(e.failures.values()))[0]
+    if isinstance(e, OSError) and e.strerror:
+        return e.strerror
+    text = " ".join(str(e).split())[:250]
+    return text if text and type(e) in (ValueError, UserError) else f"{type(e).__name__}: {text}".removesuffix(": ")
+
+
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a damaged file leads to
+
+
+@contextmanager
+def explained(what: str, fix: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """Within, errors of these kinds become UserErrors: what happened, why, and what to do about it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds or DAMAGE as e:
+        raise UserError(f"{what} ({reason(e)}); {fix}") from e
+
+
+def extra(module: str, what: str) -> Any:
+    """Import a package that the default run does without."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        name = module.split(".")[0]
+        install = name if name in ("tensorboard", "trackio", "wandb") else '"nested-learning-hope[data]"'
+        raise UserError(f"{what} needs {name}, which is missing; run: pip install {install}") from e
+
+
+def sync(path: Path) -> None:
+    """Until a file's content, or the names in a folder, would outlast a power failure."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside, then rename: a reader sees all of it or what was there before."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(beside)
+    os.replace(beside, path)
+
+
+def put_in_place(beside: Path, target: Path) -> None:
+    """The same for a folder that was written beside."""
+    sync(beside)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(beside, target)
+    sync(target.parent)
+
+
+def fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def signed(value: dict) -> str:
+    """As JSON, with a fingerprint that tells when it was altered."""
+    return json.dumps(value | {"sha256": fingerprint(value)}, indent=1) + "\n"
+
+
+def read_signed(path: Path, fix: str = "restore it") -> dict:
+    with explained(f"{path} cannot be used", fix):
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict) or value.pop("sha256", None) != fingerprint(value):
+            raise ValueError("it was altered")
+        return value
+
+
+# ---- Tokenizers ----
+
+# How text is split before byte pairs are merged: GPT-4's pattern, as tiktoken has it for cl100k_base.
+SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+
+
+# Patterns look ahead after white space, and their engine gives up on a run of a million; so longer ones are cut here. What
+# follows a run keeps the white space in front of it, which belongs to its first token.
+LONG_RUN = re.compile(r"\s{1000}(?=\s)")
+
+
+def cut_runs(text: str) -> list[str]:
+    """The text in parts, one unless it holds very long runs of white space."""
+    edges = [0, *(run.end() for run in LONG_RUN.finditer(text)), len(text)]
+    return [text[a:b] for a, b in pairwise(edges)]
+
+
+class Tokenizer:
+    """Text as bytes, or as byte pairs merged by rank: what a `.tiktoken` file holds, together with a split pattern.
+
+    One token, `eot`, stands in front of every document. Among bytes it is the zero byte, which text does without;
+    otherwise the first number that `ranks` leaves free. decode(encode(text)) == text for any text; half a surrogate
+    pair, which is no text, becomes a question mark.
+    """
+
+    def __init__(self, ranks: dict[bytes, int] | None = None, pattern: str = SPLIT):
+        self.ranks, self.pattern = ranks, pattern
+        used = {0: b""} | {i: bytes([i]) for i in range(1, 256)} if ranks is None else {i: t for t, i in ranks.items()}
+        self.eot = 0 if ranks is None else min(set(range(len(used) + 1)) - set(used))
+        self.vocab_size = max(*used, self.eot) + 1
+        # Bytes of text that every token stands for; bits per byte are counted with it.
+        self.lengths = np.array([len(used.get(i, b"")) for i in range(self.vocab_size)])
+        self.dtype = np.uint8 if ranks is None else np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        if ranks is not None:
+            special = {"<|eot|>": self.eot}
+            make = extra("tiktoken", "--tokenizer").Encoding
+            self.encoding = make("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+    @cached_property
+    def sha256(self) -> str:
+        return fingerprint([self.pattern, sorted((i, t.hex()) for t, i in self.ranks.items())] if self.ranks else None)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """The tokens of each text, on all cores."""
+        raw = [text.encode(errors="replace") for text in texts]
+        if self.ranks is None:
+            return [np.frombuffer(text, np.uint8) for text in raw]
+        parts = [cut_runs(text.decode()) for text in raw]
+        found = self.encoding.encode_ordinary_batch([*chain(*parts)], num_threads=os.cpu_count() or 1)
+        rest = iter(found)
+        return [np.array([*chain(*islice(rest, len(cut)))], self.dtype) for cut in parts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; what is not UTF-8 is shown as U+FFFD."""
+        if self.ranks is not None:
+            tokens = self.encoding.decode_bytes([t for t in tokens if self.lengths[t]])
+        return bytes(tokens).decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.tiktoken, which bytes do without, and what transformers' AutoTokenizer reads (same tokens)."""
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eot|>", "pattern": self.pattern}
+        write_atomically(folder / "tokenizer.json", json.dumps(self.as_json()) + "\n")
+        write_atomically(folder / "tokenizer_config.json", json.dumps(settings) + "\n")
+        if self.ranks is not None:
+            lines = (f"{base64.b64encode(t).decode()} {i}\n" for t, i in sorted(self.ranks.items(), key=lambda r: r[1]))
+            write_atomically(folder / "tokenizer.tiktoken", "".join(lines))
+
+    def as_json(self) -> dict:
+        """In the format of Hugging Face's tokenizers: bytes are written as letters, byte pairs as merges in order."""
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+        letter = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*shown}))}
+        spell = lambda token: "".join(letter[b] for b in token)
+        ranks = self.ranks or {bytes([i]): i for i in range(1, 256)}
+        merges = [pair for token in sorted(ranks, key=ranks.get) if len(pair := self.parts(token)) == 2]
+        split = {"type": "Split", "pattern": {"Regex": self.pattern.replace("{1,3}+", "{1,3}")}}  # that + repeats there
+        split |= {"behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        eot = {"id": self.eot, "content": "<|eot|>", "special": True, "normalized": False}
+        return {
+            "version": "1.0",
+            "added_tokens": [eot | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level] if self.ranks else [level]},
+            "decoder": level,
+            "model": {
+                "type": "BPE",
+                "vocab": {"<|eot|>": self.eot} | {spell(token): i for token, i in ranks.items()},
+                "merges": [[spell(part) for part in pair] for pair in merges],
+                "ignore_merges": True,  # a piece that is a token is that token, as in tiktoken
+            },
+        }
+
+    def parts(self, token: bytes) -> list[bytes]:
+        """What byte pairs are merged into before the last merge makes this token of them."""
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            merged = [self.ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            if min(merged) >= self.ranks[token]:
+                break
+            i = merged.index(min(merged))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        return parts
+
+    @staticmethod
+    def load(path: Path) -> Tokenizer:
+        """Read a `.tiktoken` file, with the pattern from the _config.json beside it, or GPT-4's if there is none."""
+        with explained(f"tokenizer {path} cannot be used", "give a file in tiktoken's format"):
+            lines = (line.split() for line in path.read_text().splitlines() if line)
+            ranks = {base64.b64decode(token, validate=True): int(i) for token, i in lines}
+            if not {bytes([i]) for i in range(256)} <= set(ranks) or len(set(ranks.values())) < len(ranks):
+                raise ValueError("it must hold all 256 bytes and no number twice")
+            if min(ranks.values()) < 0 or max(ranks.values()) > 2 * len(ranks):
+                raise ValueError(f"it must number its {len(ranks)} tokens from 0 on")
+            beside = path.with_name(f"{path.stem}_config.json")
+            return Tokenizer(ranks, json.loads(beside.read_text())["pattern"] if beside.exists() else SPLIT)
+
+    @staticmethod
+    def of(folder: Path, sha256: str | None, fix: str) -> Tokenizer:
+        """The tokenizer that was saved in a folder, and has this hash; `fix` says what to do if it is another one."""
+        path = folder / "tokenizer.tiktoken"
+        tokenizer = Tokenizer.load(path) if path.exists() else Tokenizer()
+        if tokenizer.sha256 != sha256:
+            raise UserError(f"{path} is missing or was altered; {fix}")
+        return tokenizer
+
+    @staticmethod
+    def learn(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+        """Byte-pair encoding learnt from texts, at most 1 GB of them. Text too small for so many tokens gives fewer."""
+
+        def first_gigabyte() -> Iterator[str]:
+            left = 2**30
+            for text in texts:
+                yield from cut_runs(text)
+                left -= len(text)
+                if left <= 0:
+                    return
+
+        learner = extra("rustbpe", "--tokenizer train:N").Tokenizer()
+        learner.train_from_iterator(first_gigabyte(), vocab_size=vocab_size - 1, pattern=SPLIT)  # one is for eot
+        tokenizer = Tokenizer({bytes(token): i for token, i in learner.get_mergeable_ranks()})
+        if tokenizer.vocab_size < vocab_size:
+            print(f"the text yields {tokenizer.vocab_size:,} tokens, not {vocab_size:,}: the vocabulary is that small")
+        return tokenizer
+
+
+def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that --tokenizer names; `texts` are what train:N learns from."""
+    if name == "bytes":
+        return Tokenizer()
+    if name.startswith("train:"):
+        return Tokenizer.learn(asked_size(name), texts())
+    if name.endswith(".tiktoken"):
+        return Tokenizer.load(Path(name))
+    tiktoken = extra("tiktoken", f"--tokenizer {name}")
+    if name not in (known := tiktoken.list_encoding_names()):
+        allowed = f"bytes, train:N, a .tiktoken file, {', '.join(known)}"
+        raise UserError(f"--tokenizer {name}: no such tokenizer; allowed: {allowed}")
+    fix = "connect to the network, or use bytes, train:N or a .tiktoken file"
+    with explained(f"--tokenizer {name} must be downloaded once, and that failed", fix, OSError):
+        named = tiktoken.get_encoding(name)
+    return Tokenizer(named._mergeable_ranks, named._pat_str)  # the way tiktoken's own README extends an encoding
+
+
+def asked_size(name: str) -> int:
+    """The N of train:N."""
+    if not name[6:].isdecimal() or not 257 <= int(name[6:]) <= 2**24:
+        raise UserError(f"--tokenizer {name}: the vocabulary is a number of tokens from 257, as in train:32000")
+    return int(name[6:])
+
+
+# ---- Data: documents -> files of tokens -> the rows of a step ----
+
+
+def pydoc_documents() -> list[tuple[str, bool]]:
+    """English about Python from the standard library's `pydoc_data`: topics, and whether each is held out.
+
+    Topics quote each other at length, so a paragraph is kept only where it first occurs, longest topic first; else the
+    held-out text would have been seen in training. Every tenth topic is held out.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    kept: dict[str, str] = {}
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = [p for p in topics[name].split("\n\n") if len(p) < 80 or p.strip() not in seen]
+        fresh = {p.strip() for p in paragraphs if len(p) >= 80}
+        seen |= fresh
+        if fresh:
+            kept[name] = "\n\n".join(paragraphs)
+    return [(kept[name], i % 10 == 5) for i, name in enumerate(sorted(kept))]
+
+
+def pydoc_text() -> tuple[str, str]:
+    """The same as two texts, for training and held out."""
+    return tuple("\n\n".join(t for t, held in pydoc_documents() if held is which) for which in (False, True))
+
+
+# Named data sets of the Hugging Face hub: their names there, configs, and the part that is held out. WikiText's rows
+# are lines, and an article begins with a line such as " = Title = ".
+HUB = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-100BT", 0.0005),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", 0.01),
+    "tinystories": ("roneneldan/TinyStories", None, 0.01),
+}
+WIKITEXT_TITLE = re.compile(r" = [^=].* = \n")
+PIECE = 2**18  # characters of a text file that are read at once
+BATCH = 2**22  # characters that are tokenised at once, and that an interrupted preparation may have to do again
+
+
+class Piece(NamedTuple):
+    """Some text; `begins` if a document begins with it, else it goes on with the one before."""
+
+    text: str
+    begins: bool
+    held_out: bool | None = None  # None: to be decided
+
+
+class Source:
+    """The text that --data names, piece by piece, always in the same order.
+
+    A text file is one document and comes in pieces; a row of a jsonl or parquet file or of a data set is one. `tell()`
+    is the position after the last piece; iteration begins at the position `start`.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.data, self.field, self.where, self.start = config.data, config.text_field, config.data, None
+        self.files, self.held_out, self.fix = [], config.held_out or 0.1, "restore it, or leave it out"
+        if self.data == "pydoc":
+            self.pieces, self.held_out = self._pydoc, 0.0  # it is decided already
+            self.identity = {"pydoc": fingerprint(pydoc_documents())}
+        elif self.data in HUB or self.data.startswith("hf:"):
+            name, preset, part = HUB.get(self.data, (self.data[3:], None, 0.1))
+            self.pieces, self.held_out = self._hub, config.held_out or part
+            self.identity = {"hub": (name, config.data_config or preset, config.data_split)}
+            self.fix = "check --data-config, --data-split and the network; the same command goes on from there"
+        else:
+            self.pieces, self.files = self._files, self._find()
+            self.identity = {"files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]}
+        self.identity |= {"field": self.field, "held_out": self.held_out}
+        self.place: Any = None
+        self.zeros = 0  # zero bytes that were replaced
+        self.tell: Callable[[], Any] = lambda: self.place
+
+    def __iter__(self) -> Iterator[Piece]:
+        try:
+            yield from self.pieces()
+        except UserError:
+            raise
+        except Exception as e:  # damaged archives, data sets and networks raise whatever their library likes
+            raise UserError(f"--data {self.where} cannot be read ({reason(e)}); {self.fix}") from e
+
+    def _find(self) -> list[Path]:
+        """Every file once: those that exist under a name, those below a folder, those that match a pattern."""
+        found: dict[str, Path] = {}
+        for name in [self.data] if os.path.exists(self.data) else self.data.split(","):
+            path = Path(name)
+            below = (p for p in path.rglob("*") if not any(part[0] == "." for part in p.relative_to(path).parts))
+            files = [path] if path.is_file() else below if path.is_dir() else map(Path, glob.glob(name, recursive=True))
+            if not (files := {os.path.realpath(p): p for p in files if p.is_file()}):
+                missing = "no file in this folder" if path.is_dir() else "no such file"
+                allowed = "files, folders or patterns separated by commas, hf:NAME for a data set of the hub"
+                raise UserError(f"--data {name}: {missing}; give {allowed}, or one of: pydoc, {', '.join(HUB)}")
+            found = files | found
+        return sorted(found.values())
+
+    def _row(self, row: Any, where: str) -> str:
+        """The text of a row that was found there."""
+        self.where = where
+        if isinstance(row, dict) and isinstance(text := row.get(self.field), str):
+            return text
+        if isinstance(row, dict) and self.field in row:
+            kind = {"NoneType": "null", "list": "a list", "dict": "an object", "bool": "true or false"}
+            held = kind.get(type(text).__name__, "a number")
+            raise ValueError(f"field {self.field!r} holds {held}, not text; mend it, or name another by --text-field")
+        found = ", ".join(row) if isinstance(row, dict) else "no JSON object"
+        raise ValueError(f"no text in field {self.field!r}, there is: {found}; name it by --text-field")
+
+    def _pydoc(self) -> Iterator[Piece]:
+        first = self.start or 0
+        for self.place, (text, held_out) in enumerate(pydoc_documents()[first:], first + 1):
+            yield Piece(text, True, held_out)
+
+    def _hub(self) -> Iterator[Piece]:
+        for library in ("datasets", "fsspec", "huggingface_hub", "urllib3"):  # what they retry is no news
+            logging.getLogger(library).setLevel(logging.ERROR)
+        datasets, (name, config, split) = extra("datasets", f"--data {self.data}"), self.identity["hub"]
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        if self.start:
+            rows.load_state_dict(self.start)
+        self.tell = rows.state_dict
+        for n, row in enumerate(rows, 1):
+            text = self._row(row, f"{self.data}, row {n}" + " after the last batch" * bool(self.start))
+            yield Piece(text, self.data != "wikitext-103" or WIKITEXT_TITLE.fullmatch(text) is not None)
+
+    def _files(self) -> Iterator[Piece]:
+        first, done = self.start or (0, 0)
+        for i, path in enumerate(self.files[first:], first):
+            for n, piece in enumerate(self._file(path), 1):
+                if n > done:
+                    self.place = (i, n)
+                    yield piece
+            done = 0
+
+    def _file(self, path: Path) -> Iterator[Piece]:
+        """By hand: `datasets` holds a text file as a whole, changes its line ends, and names no row in its errors."""
+        kind, self.where = [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".zst")][-1:], str(path)
+        if kind == [".parquet"]:
+            parquet, n = extra("pyarrow.parquet", f"--data {path}").ParquetFile(path), 0
+            columns = [self.field] if self.field in parquet.schema_arrow.names else None
+            for group in parquet.iter_batches(64, columns=columns):
+                for n, row in enumerate(group.to_pylist(), n + 1):
+                    yield Piece(self._row(row, f"{path}, row {n}"), True)
+            return
+        if path.suffix.lower() == ".zst":  # by pyarrow: the zstandard package takes a file that was cut for a whole one
+            file = io.BufferedReader(extra("pyarrow", f"--data {path}").input_stream(str(path), compression="zstd"))
+        else:
+            file = (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
+        with file:
+            if kind == [".json"] and file.peek(99).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+                yield from (Piece(self._row(row, f"{path}, row {n}"), True) for n, row in enumerate(json.load(file), 1))
+            elif kind in ([".jsonl"], [".ndjson"], [".json"]):
+                for n, line in enumerate(file, 1):
+                    self.where = f"{path}, line {n}"
+                    if line.strip():
+                        yield Piece(self._row(json.loads(line), self.where), True)
+            else:
+                text, begins = io.TextIOWrapper(file, "utf-8-sig", newline=""), True
+                while block := text.read(PIECE):
+                    yield Piece(block, begins)
+                    begins = False
+
+
+def batches(source: Source, held_out: bool | None = None) -> Iterator[tuple[list[Piece], dict]]:
+    """Gather pieces to tokenise at once, with the position after them.
+
+    A document is held out by the hash of its first piece, so that copies of it are on the same side. The argument is
+    the side of the document in which the position lies. Documents without text are left out.
+    """
+    batch, size, begins = [], 0, held_out is None
+    for text, new, side in source:
+        begins |= new
+        source.zeros += text.count("\0")
+        text = text.replace("\0", "\ufffd")  # among bytes, a zero stands between documents
+        if begins and not text.strip():
+            continue
+        if begins:
+            digest = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
+            held_out = digest < source.held_out * 2**64 if side is None else side
+        batch.append(Piece(text, begins, held_out))
+        size, begins = size + len(text), False
+        if size >= BATCH:
+            yield batch, {"position": source.tell(), "side": held_out}
+            batch, size = [], 0
+    if batch:
+        yield batch, {"position": source.tell(), "side": held_out}
+
+
+# What prepared data is: tokens for training and held out, and where in them documents start (an eot each), as numbers.
+SPLITS = ("train", "held_out")
+FILES = [f"{split}.{what}" for split in SPLITS for what in ("tokens", "starts")]
+
+
+def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
+    """Tokens of the data that `config` names, made by the first process that asks: folder, manifest, tokenizer.
+
+    A folder is named by a hash of what it is made from, and gets its name when it is complete. `data` may also be such a
+    folder, prepared elsewhere.
+    """
+    folder = Path(config.data)
+    if not (folder / "manifest.json").is_file():
+        source, name = Source(config), config.tokenizer_name
+        identity = source.identity | {"tokenizer": name}
+        if name.endswith(".tiktoken"):
+            identity["tokenizer_file"] = Tokenizer.load(Path(name)).sha256
+        label = "-".join(Path(part).name for part in (*config.data.split(","), name))
+        label = "-".join(re.findall(r"[\w.]+", label))[:60].strip(".")
+        folder = Path(config.data_dir) / f"{label}-{fingerprint(identity)[:8]}"
+        fix = "make room or use another --data-dir; the same command goes on where this one stopped"
+        with explained(f"{folder} cannot be written", fix, OSError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if not folder.exists():
+                with FileLock(f"{folder}.lock"):
+                    if not folder.exists():  # another process may have made it meanwhile
+                        part = folder.with_name(f"{folder.name}.part")
+                        write_tokens(part, source, name)
+                        put_in_place(part, folder)
+    fix = f"restore it, or delete {folder} to prepare it anew"
+    manifest = read_signed(folder / "manifest.json", fix)
+    if "sha256s" not in manifest:
+        raise UserError(f"--data {folder}: its preparation was not finished; finish it where it was begun")
+    if config.tokenizer not in ("", used := manifest["tokenizer"]):
+        raise UserError(f"--data {folder} was prepared with --tokenizer {used}; leave --tokenizer out")
+    for file in FILES:
+        path, size = folder / file, manifest["sizes"][file]
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            raise UserError(f"{path} {'is missing' if found is None else f'has {found} bytes, not {size}'}; {fix}")
+        thorough = config.verify_data and os.environ.get("LOCAL_RANK", "0") == "0"
+        if thorough and file_sha256(path) != manifest["sha256s"][file]:
+            raise UserError(f"{path} was altered; {fix}")
+    return folder, manifest, Tokenizer.of(folder, manifest["tokenizer_sha256"], fix)
+
+
+def write_tokens(folder: Path, source: Source, tokenizer_name: str) -> None:
+    """Fill a folder with FILES and a manifest. Whatever stops it, it goes on after the last batch that the manifest has."""
+    path, fix = folder / "manifest.json", f"delete {folder} to prepare it anew"
+    if path.exists():
+        manifest = read_signed(path, fix)
+        print(f"{folder}: going on after {sum(manifest['sizes'].values()):,} bytes")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        texts = lambda: (p.text for pieces, _ in batches(source) for p in pieces if not p.held_out)
+        tokenizer = make_tokenizer(tokenizer_name, texts)
+        tokenizer.save(folder)
+        manifest = {"data": source.data, "tokenizer": tokenizer_name, "tokenizer_sha256": tokenizer.sha256}
+        manifest |= {"held_out": source.held_out, "position": None, "side": None, "zeros": 0}
+        manifest |= {"sizes": dict.fromkeys(FILES, 0)}
+    tokenizer = Tokenizer.of(folder, manifest["tokenizer_sha256"], fix)
+    source.start, source.zeros, files = manifest["position"], manifest["zeros"], {}
+    with ExitStack() as stack, tqdm(desc=f"preparing {folder}", unit="B", unit_scale=True, disable=None) as bar:
+        for file in FILES:
+            files[file] = stack.enter_context(open(folder / file, "ab"))
+            files[file].truncate(manifest["sizes"][file])
+            files[file].seek(0, os.SEEK_END)
+        for pieces, position in batches(source, manifest["side"]):
+            for piece, tokens in zip(pieces, tokenizer.encode_batch(piece.text for piece in pieces)):
+                out, starts = (files[f"{SPLITS[piece.held_out]}.{what}"] for what in ("tokens", "starts"))
+                if piece.begins:
+                    starts.write(np.int64(out.tell() // tokens.itemsize).tobytes())
+                    tokens = np.insert(tokens, 0, tokenizer.eot)
+                out.write(tokens.tobytes())
+                bar.update(len(piece.text))
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            sizes = {name: file.tell() for name, file in files.items()}
+            manifest |= position | {"sizes": sizes, "zeros": source.zeros}
+            write_atomically(path, signed(manifest))
+    if source.zeros:
+        print(f"{folder}: {source.zeros:,} zero bytes (U+0000) were replaced by U+FFFD")
+    write_atomically(path, signed(manifest | {"sha256s": {file: file_sha256(folder / file) for file in FILES}}))
+
+
+def scramble(*numbers: int) -> int:
+    """A pseudo-random 64-bit integer, a pure function of the given ones (each is mixed in by splitmix64)."""
+    z = 0
+    for number in numbers:
+        z = (z + number + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+    return z
+
+
+def shuffled(i: int, n: int, key: int) -> int:
+    """The i-th element of a permutation of range(n) that `key` picks, without the permutation being made.
+
+    A Feistel network permutes the numbers below the next power of 4; where it leads out of range(n), it is applied
+    until it leads back (cycle walking), which keeps it a permutation and takes less than 4 turns on average.
+    """
+    half = ((n - 1).bit_length() + 1) // 2
+    while True:
+        left, right = i >> half, i % 2**half
+        for turn in range(6):
+            left, right = right, left ^ scramble(key, turn, right) % 2**half
+        i = left << half | right
+        if i < n:
+            return i
+
+
+class Rows:
+    """The rows that tokens are cut into, of `seq_len` tokens each, and numbered.
+
+    `parts` are stretches of tokens, each with the places where documents start in it; no row reaches over two. Packed, a
+    row is any window, and `slack` tokens of every part are left over, so that all rows can be moved by as many; with
+    `reset` it is a piece of one document, and short ones are filled up with targets -100.
+    """
+
+    def __init__(self, parts: list[tuple[np.ndarray, np.ndarray]], seq_len: int, reset: bool, slack: int = 0):
+        self.parts, self.seq_len, self.reset = parts, seq_len, reset
+        self.tokens = sum(len(tokens) for tokens, _ in parts)
+        self.ends = [0]  # how many rows there are before every part, and in all
+        self.bounds, self.before = (
+            [],
+            [],
+        )  # where a part's documents begin, and how many of its rows there are before each
+        for tokens, starts in parts:
+            last = len(tokens) - 1
+            if reset:
+                self.bounds.append(np.concatenate([[0], starts[(starts > 0) & (starts < last)], [last]]))
+                of_documents = -(-np.diff(self.bounds[-1]) // seq_len)  # rounded up
+                self.before.append(np.concatenate([[0], np.cumsum(of_documents)]))
+            rows = int(self.before[-1][-1]) if reset else max(0, (last - slack) // seq_len)
+            self.ends.append(self.ends[-1] + rows)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def row(self, i: int, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets (seq_len,) of row i; packed, `offset` tokens after the beginning of its part."""
+        part = int(np.searchsorted(self.ends, i, "right")) - 1
+        i -= self.ends[part]
+        start = offset + i * self.seq_len
+        stop = start + self.seq_len + 1
+        if self.reset:
+            bounds, before = self.bounds[part], self.before[part]
+            document = int(np.searchsorted(before, i, "right")) - 1
+            start = int(bounds[document] + (i - before[document]) * self.seq_len)
+            stop = min(int(bounds[document + 1]), start + self.seq_len) + 1
+        tokens = self.parts[part][0][start:stop].astype(np.int64)
+        missing = (0, self.seq_len + 1 - len(tokens))
+        return np.pad(tokens[:-1], missing), np.pad(tokens[1:], missing, constant_values=-100)
+
+
+def stacked(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
+    x, y = (torch.from_numpy(np.stack(z)) for z in zip(*rows))
+    return x, y
+
+
+class Corpus:
+    """Tokens to train on and tokens held out, and which of them every step reads."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, parts: dict[str, list], name: str, sha256: str):
+        self.config, self.tokenizer, self.name, self.sha256 = config, tokenizer, name, sha256
+        seq_len, reset = config.seq_len, config.reset_at_documents
+        # An epoch starts at an offset of its own, below seq_len.
+        self.training = Rows(parts["train"], seq_len, reset, slack=seq_len - 1)
+        self.held_out = Rows(parts["held_out"], seq_len, reset)
+        for rows, what in ((self.training, "training"), (self.held_out, "held-out")):
+            if not len(rows):
+                few = f"its {what} part has {rows.tokens} tokens, too few for --seq-len {seq_len}"
+                raise UserError(f"--data {config.data}: {few}; give more text or a shorter --seq-len")
+        scored = self.validation()[1].numpy()
+        scored = scored[scored >= 0]
+        # Exact on what is scored, so that bits per byte compare between tokenizers.
+        self.tokens_per_byte = len(scored) / tokenizer.lengths[scored].sum()
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> Corpus:
+        """The corpus of a run, prepared if it is not yet. UserError for data that cannot be had or was damaged.
+
+        Documents are held out whole, by a hash of their text. Where there are so few that chance would decide how much
+        that is, it is the end of the text instead, be it in the middle of a document.
+        """
+        folder, manifest, tokenizer = prepare(config)
+        arrays = {}
+        for file, size in manifest["sizes"].items():
+            kind = np.int64 if file.endswith("starts") else tokenizer.dtype
+            arrays[file] = np.memmap(folder / file, kind, "r") if size else np.empty(0, kind)
+        parts = {split: [(arrays[f"{split}.tokens"], arrays[f"{split}.starts"])] for split in SPLITS}
+        documents = sum(len(starts) for [(_, starts)] in parts.values())
+        if not documents:
+            raise UserError(f"--data {config.data}: there is no text in it; give some")
+        if manifest["held_out"] and documents * manifest["held_out"] < 10:
+            whole = parts["train"] + parts["held_out"]
+            total = sum(len(tokens) for tokens, _ in whole)
+            left, parts = total - int(total * manifest["held_out"]), {split: [] for split in SPLITS}
+            for tokens, starts in whole:
+                cut = min(left, len(tokens))
+                left, n = left - cut, np.searchsorted(starts, cut)
+                parts["train"].append((tokens[:cut], starts[:n]))
+                parts["held_out"].append((tokens[cut:], starts[n:] - cut))
+        parts = {split: [part for part in found if len(part[0])] for split, found in parts.items()}
+        sha256 = fingerprint([manifest["sha256s"], manifest["held_out"], tokenizer.sha256])
+        return cls(config, tokenizer, parts, str(folder), sha256)
+
+    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
+        """Tokens and targets (len(rows), seq_len) of these rows of the batch of `batch_size` rows that a step reads.
+
+        A pure function of (seed, step, row): it is the same for any number of ranks and any micro-batches, of which
+        each takes rows of its own. An epoch visits every row of the corpus once, in an order of its own.
+        """
+        n, first = len(self.training), 0 if self.config.overfit_one_batch else step * self.config.batch_size
+
+        def pick(i: int) -> tuple[np.ndarray, np.ndarray]:
+            epoch = scramble(self.config.seed, i // n)
+            return self.training.row(shuffled(i % n, n, epoch), epoch % self.config.seq_len)
+
+        return stacked(pick(first + row) for row in rows)
+
+    def validation(self, most: int = 40) -> tuple[Tensor, Tensor]:
+        """At most `most` rows of held-out text, evenly spread: tokens and targets (n, t)."""
+        n = len(self.held_out)
+        return stacked(self.held_out.row(i) for i in range(0, n, math.ceil(n / most)))
+
+    def __str__(self) -> str:
+        tokens = f"{self.training.tokens:,} tokens to train on, {self.held_out.tokens:,} held out ({self.name})"
+        return f"{tokens}, {self.tokenizer.vocab_size:,} kinds of tokens, {1 / self.tokens_per_byte:.2f} bytes each"
