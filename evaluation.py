@@ -16,18 +16,15 @@ text or the prompt in front of it (`--memorize`). In this file, in this order:
     run_harness        tasks of lm-evaluation-harness
     run_task           tasks of tasks.py
     run_position       perplexity against position and length
-    run_continual      one group of classes after the other
-    table, plot        in the paper's layout
-    main               the command line
+    run_continual      one group of classes after the other, by continual.py
+    main               the command line; report.py makes tables and pictures
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.metadata
 import json
-import logging
 import math
 import re
 import sys
@@ -42,11 +39,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import continual
 import hope
 import report
 import tasks
 import train
-from data import Corpus, Source, UserError, explained, extra, fingerprint, reason
+from data import Corpus, Source, UserError, explained, fingerprint
 from hope import INF, Hope, HopeState, check_settings, setting
 from train import TrainConfig
 
@@ -75,42 +73,26 @@ class Options:
         "tasks.py, as in mqar,pairs=8 (task:recall for the one that is called like a group); any task of "
         "lm-evaluation-harness",
     )
-    memorize: Literal["both", "on", "off"] = setting(
-        "both", "whether the CMS learns from what it reads; both: two columns"
-    )
-    memorize_levels: tuple[int, ...] = setting(
-        (), "levels of the CMS that learn, by their place in its chunks; default: all"
-    )
+    memorize: Literal["both", "on", "off"] = setting("both", "whether the CMS learns from what it reads")
+    memorize_levels: tuple[int, ...] = setting((), "which of its levels do, by their place in --cms; default: all")
     memorize_surprise: float = setting(0.0, "only segments of more nats per token than this teach", least=0, below=INF)
-    memorize_steps: int = setting(
-        1, "how often a prompt is read; between two times only the CMS keeps what it has learnt", least=1
-    )
+    memorize_steps: int = setting(1, "how often a prompt is read, each time with memories as at the start", least=1)
     memorize_answer: bool = setting(False, "ablation: learn from answers too, each after it has been scored")
     memorize_keep: bool = setting(False, "keep what the CMS has learnt from one sample to the next, in their order")
     limit: int = setting(0, "samples of a task; 0: all, 256 of tasks.py, 16 windows of a text", least=0)
-    seeds: tuple[int, ...] = setting(
-        (0,), "of the rows of tasks.py, of the order of classes, and of few-shot examples", least=0
-    )
+    seeds: tuple[int, ...] = setting((0,), "of rows of tasks.py, orders of classes, few-shot examples", least=0)
     fewshot: int = setting(-1, "examples in front of a question of the harness; -1: as the task says", least=-1)
-    lengths: tuple[int, ...] = setting(
-        (), "tokens of the contexts of ruler and babilong; default: 4096, and no filler", least=0
-    )
+    lengths: tuple[int, ...] = setting((), "tokens of ruler's and babilong's contexts; default: 4096, and 0", least=0)
     include_path: str = setting("", "folder with harness tasks of your own, as YAML")
     batch_size: int = setting(16, "sequences at once", least=1)
     context: int = setting(
         0, "tokens that the memories see at once, longer text in windows; 0: with attention to everything the length of "
         "training, else no limit", least=0,
     )  # fmt: skip
-    checkpoints: tuple[str, ...] = setting(
-        (), "measure at these steps of the run, or these runs, as well; shows what was forgotten"
-    )
-    cms: tuple[float, ...] = setting(
-        (64.0,), "pre-trained models: chunk sizes of the CMS that is made of their MLPs", least=1
-    )
+    checkpoints: tuple[str, ...] = setting((), "steps of the run, or other runs, to measure: what was forgotten?")
+    cms: tuple[float, ...] = setting((64.0,), "pre-trained models: chunk sizes of the CMS made of their MLPs", least=1)
     cms_rate: tuple[float, ...] = setting((0.01,), "pre-trained models: its inner step sizes", least=0)
     gguf_file: str = setting("", "pre-trained models: a file of the folder in this format")
-    fine_tune_lr: float = setting(1e-3, "continual: learning rate of fine-tuning (AdamW)", above=0)
-    ewc: float = setting(100.0, "continual: weight of elastic weight consolidation's penalty", least=0)
     plot: bool = setting(False, "draw evaluation-*.png beside the results")
     out: str = setting("", "where results are kept; default: in RUN")
     anew: bool = setting(False, "measure again what has been measured")
@@ -125,23 +107,20 @@ class Memorize:
     """How the CMS learns from what is read. The memories of the blocks are always written."""
 
     levels: tuple[int, ...]
-    surprise: float
-    steps: int
-    answer: bool
-    keep: bool
+    surprise: float = 0.0
+    steps: int = 1
+    answer: bool = False
+    keep: bool = False
 
     @staticmethod
     def of(options: Options, model: Hope) -> list[Memorize | None]:
         """The columns that are asked for; None reads only."""
-        able = model.config.written
-        unable = set(options.memorize_levels) - set(able)
-        if unable or options.memorize == "on" and not able:
-            given = f"--memorize-levels {','.join(map(str, unable))}" if unable else "--memorize on"
-            has = (
-                f"its levels {', '.join(map(str, able))} do" if able else "none of its levels does: use --memorize off"
-            )
-            raise UserError(f"{given}: the CMS of this model does not learn that in context; {has}")
-        o = options
+        able, o = model.config.written, options
+        if unable := sorted(set(o.memorize_levels) - set(able)):
+            has = f"those of this model that do: {able}" if able else "this model has none that does"
+            raise UserError(f"--memorize-levels: levels {unable} of the CMS do not learn in context; {has}")
+        if o.memorize == "on" and not able:
+            raise UserError("--memorize on: no level of this model's CMS learns in context; use --memorize off")
         levels = o.memorize_levels or tuple(able)
         on = [Memorize(levels, o.memorize_surprise, o.memorize_steps, o.memorize_answer, o.memorize_keep)] * bool(able)
         return {"off": [None], "on": on, "both": [None, *on]}[options.memorize]
@@ -180,36 +159,27 @@ class Subject:
     @classmethod
     def load(cls, path: str, options: Options) -> Subject:
         """A run, one of its checkpoints, an export, or a pre-trained model by its folder or name."""
-        folder, device = Path(path), train.pick_device(options.device)
-        if (
-            (folder / "checkpoints").is_dir()
-            or folder.parent.name == "checkpoints"
-            or (folder / "model.safetensors").exists()
-            and "train" in json.loads((folder / "config.json").read_text())
-        ):
-            config, model, tokenizer, about = train.trained(folder, options.device)
-            home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
-            about = {
-                "name": f"{config.arch} {config.size}",
-                "arch": config.arch,
-                "data": config.data,
-                "step": about.get("step"),
-            }
+        folder = Path(path)
+        home = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+        config = home / "config.json"
+        if config.exists() and "train" in json.loads(config.read_text()):
+            config, model, tokenizer, found = train.trained(folder, options.device)
+            about = {"name": f"{config.arch} {config.size}", "data": config.data, "step": found.get("step")}
             start, tokenizer_folder = [tokenizer.eot], str(home)
         else:
-            about = "give a run or an export of train.py, or the name or folder of a pre-trained model"
-            with explained(f"{path} cannot be loaded", about, Exception):
-                named = {"gguf_file": options.gguf_file} if options.gguf_file else {}
-                model = hope.from_pretrained(path, cms=options.cms, cms_rate=options.cms_rate, **named).to(device)
+            fix = "give a run or an export of train.py, or the name or folder of a pre-trained model"
+            with explained(f"{path} cannot be loaded", fix, Exception):
                 import transformers
 
+                named = {"gguf_file": options.gguf_file} if options.gguf_file else {}
+                model = hope.from_pretrained(path, cms=options.cms, cms_rate=options.cms_rate, **named)
                 tokenizer = HubTokenizer(transformers.AutoTokenizer.from_pretrained(path, **named))
+            model = model.to(train.pick_device(options.device))
             config = TrainConfig(arch="hope-attention", seq_len=model.config.n_position or 2048)
-            about = {"name": folder.name, "arch": "hope-attention", "data": "", "step": None}
+            about = {"name": folder.name, "data": "", "step": None}
             home = folder if folder.is_dir() else Path("runs", path.replace("/", "--"))
             start, tokenizer_folder = tokenizer.start, path
-        about["parameters"] = sum(p.numel() for p in model.parameters())
-        about["cms"] = [str(c) for c in model.config.cms]
+        about |= {"parameters": sum(p.numel() for p in model.parameters()), "cms": [*map(str, model.config.cms)]}
         about["weights"] = fingerprint([p.double().sum().item() for p in model.parameters()])[:16]
         return cls(model.eval(), tokenizer, config, about, Path(options.out or home), tokenizer_folder, start)
 
@@ -234,7 +204,10 @@ class Reader:
         self.model, self.tokenizer, self.memorize = subject.model, subject.tokenizer, memorize
         self.device = self.model.embed.weight.device
         self.context, self.batch_size, self.piece = context, batch_size, 1024
-        self.kept: HopeState | None = None  # with memorize.keep, what was learnt from the samples so far
+        self.keeps = memorize is not None and memorize.keep
+        self.learns_answers = memorize is not None and memorize.answer
+        self.lesson = {"levels": memorize.levels, "surprise": memorize.surprise} if memorize else {}
+        self.kept: HopeState | None = None  # what was learnt from the samples so far
         self.tokens, self.seconds = 0, 0.0  # read, and in how long
 
     def batches(self, keys: Sequence[Any]) -> Iterator[list[int]]:
@@ -244,10 +217,6 @@ class Reader:
             groups.setdefault(i if self.keeps else key, []).append(i)
         for _, group in sorted(groups.items()):
             yield from (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size))
-
-    @property
-    def keeps(self) -> bool:
-        return self.memorize is not None and self.memorize.keep
 
     def tensor(self, rows: Iterable[Sequence[int]]) -> Tensor:
         return torch.tensor(np.array([*rows]), dtype=torch.long, device=self.device)
@@ -268,17 +237,12 @@ class Reader:
         """Memories as before the first token; only the CMS keeps what it has learnt."""
         return self.model.restart(state, **self.lesson)
 
-    @property
-    def lesson(self) -> dict[str, Any]:
-        m = self.memorize
-        return {"levels": m.levels, "surprise": m.surprise} if m else {}
-
     def pieces(self, tokens: Tensor, targets: Tensor | None, state: HopeState) -> Iterator[tuple[Tensor, HopeState]]:
         """Read tokens (b, t); of each piece the logits (b, p, vocab), and the state after it.
 
         With targets (b, t) the CMS learns. Where the memories have seen `context` tokens they begin anew.
         """
-        edges = [self.piece, *([self.context] if self.context else [])]
+        edges = [self.piece, self.context or self.piece]
         lengths = hope.piece_lengths(state.memories[0].t, tokens.shape[1], edges)
         for x, y in zip(tokens.split(lengths, 1), (tokens if targets is None else targets).split(lengths, 1)):
             if self.context and state.memories[0].t >= self.context:
@@ -305,10 +269,9 @@ class Reader:
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         t = inputs.shape[1]
-        cut = max(0, t - max(1, self.context - room)) if self.context else 0
-        lengths = [
-            n for n in (cut % max(1, self.context), *[self.context] * (cut // max(1, self.context)), t - cut) if n
-        ]
+        window = self.context or t + 1
+        cut = max(0, t - max(1, window - room)) if self.context else 0
+        lengths = [n for n in (*hope.piece_lengths(-cut % window, cut, [window]), t - cut) if n]
         windows = [*zip(inputs.split(lengths, 1), targets.split(lengths, 1))] if lengths else []
         state = self.begin(len(tokens))
         for _ in range(self.memorize.steps if self.memorize else 1):
@@ -349,13 +312,13 @@ class Reader:
                     continue
                 answers = self.tensor(pairs[i][1] for i in places)
                 inputs = torch.cat([tokens[[*rows], -1:], answers[:, :-1]], 1)
-                learns = answers if self.memorize and self.memorize.answer and start is None else None
+                learns = answers if self.learns_answers and start is None else None
                 logits, last = self.read(inputs, learns, state.select([*rows]))
                 likelihood = -hope.token_loss(logits, answers).sum(1)
                 greedy = (logits.argmax(-1) == answers).all(1)
                 yield from zip(places, zip(likelihood.tolist(), greedy.tolist()))
             # Which of several answers is right is not known here, so that none of them is kept.
-            self.keep(last if len(asked) == 1 and self.memorize and self.memorize.answer else state)
+            self.keep(last if len(asked) == 1 and self.learns_answers else state)
 
     def losses(self, rows: Sequence[Pair]) -> Iterator[tuple[int, Tensor]]:
         """Nats of each token of texts, given as tokens and targets, by place in `rows`; every token is predicted first,
@@ -382,9 +345,8 @@ class Reader:
         tokens, targets = tokens.to(self.device), targets.to(self.device)
         learns, state = None, self.begin(len(tokens))
         if self.memorize:
-            learns = targets if self.memorize.answer else tokens.roll(-1, 1)
-            if not self.memorize.answer:
-                learns[:, -1] = -100
+            following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+            learns = targets if self.learns_answers else following
             first = int((targets != -100).any(0).nonzero()[0]) + 1
             for _ in range(self.memorize.steps - 1):
                 for _, state in self.pieces(tokens[:, :first], learns[:, :first], state):
@@ -400,18 +362,15 @@ class Reader:
         self, prompts: Sequence[Sequence[int]], until: Sequence[str], most: int, temperature: float = 0.0
     ) -> Iterator[tuple[int, str]]:
         """What the model says after prompts, up to one of the texts `until`, the document's end or `most` tokens."""
-        answer = bool(self.memorize and self.memorize.answer)
-        how = {"memorize": [*self.memorize.levels] if answer else False, "learn_own": answer}
-        if answer:
-            how["surprise"] = self.memorize.surprise
+        how: dict[str, Any] = {"memorize": False}
+        if self.learns_answers:
+            how = {"memorize": self.memorize.levels, "surprise": self.memorize.surprise, "learn_own": True}
         for batch in self.batches([len(prompt) for prompt in prompts]):
             tokens = self.tensor(prompts[i] for i in batch)
             state = self.prompt(tokens, min(most, self.context // 2))
             said, texts, done = [[] for _ in batch], [""] * len(batch), [False] * len(batch)
-            stream, after = (
-                self.model.stream(tokens[:, -1:], temperature, state=state, stop=[self.tokenizer.eot], **how),
-                state,
-            )
+            how |= {"state": state, "stop": [self.tokenizer.eot]}
+            stream, after = self.model.stream(tokens[:, -1:], temperature, **how), state
             for _ in range(most):
                 full = self.context and after.memories[0].t >= self.context
                 if full or all(done) or not (found := self.timed(lambda: next(stream, None), len(batch))):
@@ -422,7 +381,7 @@ class Reader:
                         said[row] += [token] * (token != self.tokenizer.eot)
                         texts[row] = self.tokenizer.decode(said[row])
                         done[row] = token == self.tokenizer.eot or any(end in texts[row] for end in until)
-            self.keep(after if answer else state)
+            self.keep(after if self.learns_answers else state)
             for i, text in zip(batch, texts):
                 yield i, re.split("|".join(map(re.escape, until)), text, maxsplit=1)[0] if until else text
 
@@ -510,110 +469,35 @@ def settings_of(spec: str, **defaults: Any) -> dict[str, Any]:
         try:
             found[option] = type(defaults[option])(text)
         except ValueError:
-            raise UserError(f"{spec}: {option} is {text!r}; give a whole number") from None
+            raise UserError(f"{spec}: {option} is {text!r}; give a number") from None
     return found
 
 
 # ---- lm-evaluation-harness ----
 
 
-def harness_model(reader: Reader, start: list[int], ask: Ask) -> Any:
-    """A model as the harness wants it: texts to tokens and back, all else is the reader's."""
-    from lm_eval.api.model import TemplateLM
-
-    tokenizer = reader.tokenizer
-
-    class HarnessModel(TemplateLM):
-        eot_token_id = tokenizer.eot
-        prefix_token_id = start[0] if start else tokenizer.eot
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return tokenizer.encode(string).tolist()
-
-        def _context(self, tokens: list[int]) -> list[int]:
-            return tokens if tokens[:1] == start else start + tokens
-
-        def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False) -> list[Answer]:
-            pairs = [(self._context(context), continuation) for _, context, continuation in requests]
-            items = [["loglikelihood", *pair] for pair in pairs]
-            return [tuple(a) for a in ask(items, lambda left: reader.loglikelihoods([pairs[i] for i in left]))]
-
-        def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-            texts = [self.tok_encode(request.args[0]) for request in requests]
-            rows = [([self.prefix_token_id, *text][:-1], text) for text in texts]
-
-            def compute(left: list[int]) -> Iterator[tuple[int, float]]:
-                for i, losses in reader.losses([rows[i] for i in left]):
-                    yield i, -losses.double().sum().item()
-
-            return ask([["rolling", text] for text in texts], compute)
-
-        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-            items = []
-            for i, request in enumerate(requests):
-                text, how = request.args
-                until = [how["until"]] if isinstance(how.get("until"), str) else how.get("until") or []
-                temperature = how.get("temperature", 1.0) if how.get("do_sample") else 0.0
-                settings = [[u for u in until if u], how.get("max_gen_toks", 256), temperature]
-                items.append(["generate", self._context(self.tok_encode(text)), settings])
-
-            def compute(left: list[int]) -> Iterator[tuple[int, str]]:
-                kinds: dict[str, list[int]] = {}
-                for place, i in enumerate(left):
-                    kinds.setdefault(json.dumps(items[i][2]), []).append(place)
-                for kind, places in kinds.items():
-                    for i, text in reader.continuations([items[left[p]][1] for p in places], *json.loads(kind)):
-                        yield places[i], text
-
-            return ask(items, compute)
-
-    return HarnessModel()
-
-
 def run_harness(spec: str, subject: Subject, reader: Reader, options: Options, ask: Ask) -> list[Figure]:
     """A task or group of the harness; babilong_qa1@4k with contexts of that length."""
     try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError:
+        import harness
+    except ImportError as e:
         install = 'pip install "nested-learning-hope[eval]"'
-        raise UserError(f"{spec} is a task of lm-evaluation-harness, which is missing; run: {install}") from None
-    for name in ("lm_eval", "datasets", "huggingface_hub", "nltk"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        raise UserError(
+            f"{spec} is a task of lm-evaluation-harness, of which {e.name} is missing; run: {install}"
+        ) from e
     name, _, length = spec.partition("@")
-    about = {"tokenizer": subject.tokenizer_folder, "max_seq_lengths": length or [*options.lengths] or [4096]}
-    manager = None
-    for defaults in (False, True) if options.include_path else (True,):
-        manager = TaskManager(include_path=options.include_path or None, include_defaults=defaults, metadata=about)
-        if name in manager.all_tasks:
-            break
-    else:
+    lengths = length or [*options.lengths] or [4096]
+    about = {"tokenizer": subject.tokenizer_folder, "max_seq_lengths": lengths}
+    manager = harness.find(name, options.include_path, about)
+    if manager is None:
         ours = ", ".join([*GROUPS, "position", "continual", *tasks.TASKS])
-        raise UserError(f"no task is called {name!r}; ours are: {ours}; lm-eval ls tasks lists those of the harness")
-    try:
-        loaded = manager.load([name])
-    except Exception as e:
-        wants = re.search(r"'([^']+/[^']+)'", str(e))
-        what = f"the data set {wants[1]}" if wants else "its data"
-        fix = "run this once with a network, after that the copy that `datasets` keeps will do"
-        raise UserError(f"{spec} needs {what}, which cannot be loaded ({reason(e)}); {fix}") from e
-    top = loaded.get("groups", {}).get(name)
-    found = lm_eval.simple_evaluate(
-        harness_model(reader, subject.start, ask), tasks=[top] if top else [*loaded["tasks"].values()],
-        task_manager=manager, num_fewshot=None if options.fewshot < 0 else options.fewshot,
-        limit=options.limit or None, bootstrap_iters=1000, log_samples=False, fewshot_random_seed=options.seeds[0],
-    )  # fmt: skip
-    figures = []
-    for task, values in found["results"].items():
-        n = found.get("n-samples", {}).get(task, {}).get("effective", 0)
-        for metric, value in values.items():
-            metric, _, how = metric.partition(",")
-            if isinstance(value, (int, float)) and how and not metric.endswith("_stderr") and value != -1:
-                error = values.get(f"{metric}_stderr,{how}")
-                named = metric if how == "none" else f"{metric} ({how})"
-                label = f"{task}@{length}" if length else task
-                figures.append(Figure(label, named, value, error if isinstance(error, float) else None, n))
-    return figures
+        raise UserError(f"no task is called {name!r}; ours are: {ours}; `lm-eval ls tasks` lists those of the harness")
+    model = harness.Model(reader, subject.start, ask)
+    how = {"num_fewshot": None if options.fewshot < 0 else options.fewshot, "limit": options.limit or None}
+    return [
+        Figure(f"{task}@{length}" if length else task, *numbers)
+        for task, *numbers in harness.measure(model, manager, name, fewshot_random_seed=options.seeds[0], **how)
+    ]
 
 
 # ---- Tasks of tasks.py ----
@@ -628,18 +512,16 @@ def run_task(spec: str, subject: Subject, reader: Reader, options: Options, ask:
     if task.vocab_size > vocabulary:
         fix = f"measure a run that was trained on it: python train.py --data task:{spec}"
         raise UserError(f"{spec} has {task.vocab_size} kinds of tokens and this model {vocabulary}; {fix}")
-    n = options.limit or 256
-    items = [(seed, begin) for seed in options.seeds for begin in range(0, n, 1 if reader.keeps else reader.batch_size)]
-    size = items[1][1] if len(items) > 1 and items[1][1] else n
+    n, size = options.limit or 256, 1 if reader.keeps else reader.batch_size
+    items = [(seed, i, min(size, n - i)) for seed in options.seeds for i in range(0, n, size)]
 
     def compute(left: list[int]) -> Iterator[tuple[int, dict]]:
         for place, i in enumerate(left):
-            seed, begin = items[i]
-            tokens, targets = task.rows("test", seed, begin, min(size, n - begin))
+            tokens, targets = task.rows("test", *items[i])
             yield place, task.counts(reader.answers(tokens, targets), targets)
 
     counts: dict[str, dict[int, np.ndarray]] = {}
-    for (seed, _), answer in zip(items, ask(items, compute)):
+    for (seed, *_), answer in zip(items, ask(items, compute)):
         for name, right_of_asked in answer.items():
             by_seed = counts.setdefault(name, {})
             by_seed[seed] = by_seed.get(seed, 0) + np.array(right_of_asked)
@@ -705,194 +587,43 @@ def run_position(spec: str, subject: Subject, reader: Reader, options: Options, 
 
 # ---- Continual learning ----
 
-# Labelled sets of the hub: name, config, and the fields of text and label.
-LABELLED = {
-    "clinc150": ("clinc/clinc_oos", "plus", "text", "intent"),
-    "banking77": ("PolyAI/banking77", None, "text", "label"),
-    "dbpedia": ("fancyzhx/dbpedia_14", None, "content", "label"),
-}
-Labelled = tuple[str, str]  # a text and its label
-
-
-class Stage(NamedTuple):
-    """Classes, or a domain, that the model meets at one time."""
-
-    train: list[Labelled]
-    test: list[Labelled]
-
-
-def labelled(o: dict[str, Any]) -> dict[str, list[Labelled]]:
-    """Examples of a set by class or domain."""
-    name, found = o["set"], {}
-    if name == "synthetic":  # a class is a word; its examples have a quarter of its letters wrong
-        rng = np.random.default_rng(0)
-        for label in "ABCDEFGH":
-            word, wrong = rng.integers(16, size=12), rng.random((200, 12)) < 0.25
-            texts = np.where(wrong, rng.integers(16, size=wrong.shape), word) + ord("a")
-            found[label] = [("".join(map(chr, text)), label) for text in texts]
-        return found
-    if name == "digits":
-        sets = extra("sklearn.datasets", "set=digits").load_digits()
-        for image, label in zip(sets.data.astype(int) // 2, sets.target):
-            found.setdefault(str(label), []).append(("".join(chr(ord("a") + level) for level in image), str(label)))
-        return found
-    if name.endswith((".jsonl", ".json")):
-        with explained(f"set={name} cannot be read", "give a file with one JSON object a line"):
-            rows, text, label = lines_of(Path(name)) if Path(name).exists() else open(name), o["text"], o["label"]
-    else:
-        where, config, text, label = LABELLED.get(name, (name, None, o["text"], o["label"]))
-        fix = f"give synthetic, digits, {', '.join(LABELLED)}, a jsonl file, or a name of the hub and a network"
-        with explained(f"set={name} must be downloaded once, and that failed", fix, Exception):
-            rows = extra("datasets", f"set={name}").load_dataset(where, config, split="train")
-            names = getattr(rows.features[label], "names", None)
-            rows = [row | {label: names[row[label]]} for row in rows] if names else rows
-    group = o["domain"] or label
-    for row in rows:
-        if missing := {text, label, group} - set(row):
-            raise UserError(
-                f"set={name} has no field {min(missing)}, there are: {', '.join(row)}; name it, as in text=NAME"
-            )
-        found.setdefault(str(row[group]), []).append((str(row[text]), str(row[label])))
-    return found
-
-
-def make_stages(o: dict[str, Any], seed: int) -> list[Stage]:
-    """The stream: so many classes or domains at a time, in an order of this seed."""
-    groups, rng = labelled(o), np.random.default_rng(seed)
-    order, stages = rng.permutation(sorted(groups)), []
-    for i in range(0, len(order), o["classes"]):
-        stage = Stage([], [])
-        for name in order[i : i + o["classes"]]:
-            examples = [groups[name][j] for j in rng.permutation(len(groups[name]))]
-            stage.train.extend(examples[: o["shots"]])
-            stage.test.extend(examples[o["shots"] : o["shots"] + o["tests"]])
-        stages.append(stage._replace(train=[stage.train[j] for j in rng.permutation(len(stage.train))]))
-    if len(stages) < 2 or not all(stage.test for stage in stages):
-        raise UserError(
-            f"set={o['set']} has {len(groups)} classes or domains; two stages need more, or fewer shots={o['shots']}"
-        )
-    return stages
-
-
-class Learner:
-    """A model that meets the stages of a stream by one of the methods, and is asked for labels in between."""
-
-    def __init__(self, method: str, subject: Subject, options: Options, longest: int):
-        levels = int(method[4]) if method.startswith("CMS ") else 0
-        memorize = Memorize(tuple(subject.model.config.written[:levels]), 0.0, 1, False, False) if levels else None
-        self.method, self.options, self.start = method, options, subject.start
-        self.tuned = method in ("fine-tuning", "EWC")
-        subject = replace(subject, model=copy.deepcopy(subject.model)) if self.tuned else subject
-        context = options.context or subject.context
-        self.reader = Reader(subject, memorize, max(1, context - longest) if context else 0, options.batch_size)
-        self.asked = Reader(subject, None, 0, options.batch_size)
-        self.model, self.encode = subject.model, lambda text: subject.tokenizer.encode(text).tolist()
-        self.state = None if self.tuned else self.model.init_state(1)
-        self.anchors: list[tuple[list[Tensor], list[Tensor]]] = []  # EWC: weights after a stage, and their Fisher
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), options.fine_tune_lr, weight_decay=0.0)
-
-    def prompt(self, text: str) -> list[int]:
-        return [*self.start, *self.encode(f"{text} =")]
-
-    def label(self, label: str) -> list[int]:
-        return self.encode(f" {label}\n")
-
-    def meet(self, examples: list[Labelled]) -> None:
-        """Read or learn the examples, in their order, `memorize_steps` times."""
-        for _ in range(self.options.memorize_steps):
-            if self.tuned:
-                for i in range(0, len(examples), 8):
-                    self.step(examples[i : i + 8])
-                continue
-            stream = [token for text, label in examples for token in self.prompt(text) + self.label(label)]
-            tokens = self.reader.tensor([stream])
-            targets = tokens.roll(-1, 1).index_fill(1, tokens.new_tensor([tokens.shape[1] - 1]), -100)
-            for _, self.state in self.reader.pieces(tokens, targets if self.reader.memorize else None, self.state):
-                pass
-        if self.method == "EWC":
-            self.anchor(examples)
-
-    def loss(self, examples: list[Labelled]) -> Tensor:
-        """Nats a label token."""
-        losses = []
-        for text, label in examples:
-            prompt, answer = self.prompt(text), self.label(label)
-            tokens = self.reader.tensor([prompt + answer])
-            logits, _ = self.model(tokens[:, :-1])
-            losses.append(hope.token_loss(logits[:, len(prompt) - 1 :], tokens[:, len(prompt) :])[0])
-        return torch.cat(losses).mean()
-
-    @torch.enable_grad()
-    def step(self, examples: list[Labelled]) -> None:
-        loss = self.loss(examples)
-        for weights, fisher in self.anchors:
-            apart = (f * (p - w) ** 2 for p, w, f in zip(self.model.parameters(), weights, fisher))
-            loss = loss + self.options.ewc / 2 * sum(z.sum() for z in apart)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-
-    @torch.enable_grad()
-    def anchor(self, examples: list[Labelled]) -> None:
-        """Remember the weights, and how much each of them matters for a stage: the mean square of its gradients."""
-        fisher = [torch.zeros_like(p) for p in self.model.parameters()]
-        for example in examples:
-            gradients = torch.autograd.grad(self.loss([example]), [*self.model.parameters()], allow_unused=True)
-            for f, g in zip(fisher, gradients):
-                f += 0 if g is None else g**2 / len(examples)
-        self.anchors.append(([p.detach().clone() for p in self.model.parameters()], fisher))
-
-    def accuracy(self, examples: list[Labelled], labels: list[str]) -> float:
-        """Percent of examples whose likeliest label, of those met so far, is theirs."""
-        pairs = [(self.prompt(text), self.label(label)) for text, _ in examples for label in labels]
-        scores = torch.zeros(len(pairs))
-        for i, (likelihood, _) in self.asked.loglikelihoods(pairs, self.state):
-            scores[i] = likelihood
-        best = scores.view(len(examples), len(labels)).argmax(1).tolist()
-        return 100 * float(np.mean([labels[j] == label for j, (_, label) in zip(best, examples)]))
-
 
 def run_continual(spec: str, subject: Subject, reader: Reader, options: Options, ask: Ask) -> list[Figure]:
-    """Stage after stage: accuracy on all stages met so far, and how much of the best there was has been lost (Fig. 6).
-
-    "in context" carries the memories only, "CMS k levels" also what the first k levels of the CMS learn; both read on
-    from stage to stage. Fine-tuning and EWC change the weights and are asked without context.
-    """
-    o = settings_of(spec, set="synthetic", classes=2, shots=16, tests=16, text="text", label="label", domain="")
-    methods = ["in context", *(f"CMS {k + 1} levels" for k in range(len(subject.model.config.written)))]
-    items = [(seed, method) for seed in options.seeds for method in [*methods, "fine-tuning", "EWC"]]
+    """Stage after stage: accuracy on all stages met so far, and how much of the best there was has been lost (Fig. 6)."""
+    o = settings_of(spec, **continual.DEFAULTS)
+    written, batch = subject.model.config.written, options.batch_size
+    methods = {f"CMS, {k} levels" if k else "in context": tuple(written[:k]) for k in range(len(written) + 1)}
+    items = [(seed, method) for seed in options.seeds for method in (*methods, "fine-tuning", "EWC")]
 
     def compute(left: list[int]) -> Iterator[tuple[int, list]]:
         for place, i in enumerate(left):
             seed, method = items[i]
-            torch.manual_seed(seed)
-            stages, labels, rows = make_stages(o, seed), [], []
-            encode = lambda text: len(subject.tokenizer.encode(text))
-            longest = max(encode(f"{text} = {label}\n") + 2 for stage in stages for text, label in stage.test)
-            learner = Learner(method, subject, options, longest)
-            for k, stage in enumerate(stages):
-                learner.meet(stage.train)
-                labels = sorted({*labels, *(label for _, label in stage.train)})
-                rows.append([learner.accuracy(met.test, labels) for met in stages[: k + 1]])
-            yield place, rows
 
-    figures, by_method = [], {}
+            def make_reader(model: Hope, context: int) -> Reader:
+                levels = methods.get(method)
+                learns = Memorize(levels, options.memorize_surprise) if levels else None
+                return Reader(replace(subject, model=model), learns, context, batch)
+
+            learner = continual.Learner(method, subject, make_reader, reader.context, o, options.memorize_steps)
+            yield place, learner.accuracies(continual.make_stages(o, seed), seed)
+
+    found: dict[str, list[tuple[list[float], float]]] = {}
     for (_, method), rows in zip(items, ask(items, compute)):
         so_far = [float(np.mean(row)) for row in rows]
-        lost = [max(rows[k][j] for k in range(j, len(rows) - 1)) - rows[-1][j] for j in range(len(rows) - 1)]
-        by_method.setdefault(method, []).append((so_far, float(np.mean(lost))))
-    for method, found in by_method.items():
-        curves, lost = np.array([curve for curve, _ in found]), [z for _, z in found]
-        error = spread(curves[:, -1])
-        figures.append(
-            Figure(spec, f"accuracy, {method}", curves[:, -1].mean(), error, len(found), curves.mean(0).tolist())
-        )
-        figures.append(Figure(spec, f"forgetting, {method}", float(np.mean(lost)), spread(lost), len(found)))
+        lost = [max(row[j] for row in rows[j:-1]) - rows[-1][j] for j in range(len(rows) - 1)]
+        found.setdefault(method, []).append((so_far, float(np.mean(lost))))
+    figures = []
+    for method, pairs in found.items():
+        curves, lost = np.array([curve for curve, _ in pairs]), [z for _, z in pairs]
+        last, curve = curves[:, -1], curves.mean(0).tolist()
+        figures.append(Figure(spec, f"accuracy {method}", last.mean().item(), spread(last), len(pairs), curve))
+        figures.append(Figure(spec, f"forgetting {method}", float(np.mean(lost)), spread(lost), len(pairs)))
     return figures
 
 
 # ---- Command line ----
+
+FREE = {"tasks", "plot", "out", "anew", "device", "checkpoints", "batch_size"}  # settings that change no figure
 
 
 def jobs_of(options: Options) -> list[tuple[str, Callable]]:
@@ -914,13 +645,9 @@ def jobs_of(options: Options) -> list[tuple[str, Callable]]:
 
 
 def versions() -> dict[str, str]:
-    found = {"hope": hope.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    for name in ("lm_eval", "transformers", "datasets"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
+    names = ("torch", "lm_eval", "transformers", "datasets")
+    installed = {d.name.replace("-", "_"): d.version for d in importlib.metadata.distributions()}
+    return {"hope": hope.__version__} | {name: installed[name] for name in names if name in installed}
 
 
 def measure(path: str, options: Options, results: Results | None = None) -> tuple[Results, list[dict], list[str]]:
@@ -930,10 +657,7 @@ def measure(path: str, options: Options, results: Results | None = None) -> tupl
     for spec, run in jobs_of(options):
         for memorize in [None] if run is run_continual else Memorize.of(options, subject.model):
             how = asdict(memorize) if memorize else None
-            free = ("tasks", "plot", "out", "anew", "device", "checkpoints", "batch_size") + tuple(
-                name for name in asdict(options) if name.startswith("memorize")
-            )
-            scope = {name: value for name, value in asdict(options).items() if name not in free}
+            scope = {name: z for name, z in asdict(options).items() if name not in FREE and name[:8] != "memorize"}
             scope |= {"steps": options.memorize_steps} if run is run_continual else {}
             key = fingerprint(json.loads(json.dumps([subject.about["weights"], spec, how, scope])))[:16]
             if not results.of(key) or options.anew:
@@ -947,14 +671,8 @@ def measure(path: str, options: Options, results: Results | None = None) -> tupl
                     failures.append(str(e))
                     break
                 speed = reader.tokens / reader.seconds if reader.seconds else None
-                about = {
-                    "memorize": how,
-                    "seeds": options.seeds,
-                    "tokens_per_s": speed,
-                    "model": subject.about,
-                    "settings": scope,
-                    "versions": versions(),
-                }
+                about = {"memorize": how, "seeds": options.seeds, "tokens_per_s": speed}
+                about |= {"model": subject.about, "settings": scope, "versions": versions()}
                 results.add(key, [figure._asdict() | about for figure in figures])
             rows += results.of(key)
     return results, rows, failures
@@ -967,24 +685,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="evaluation.py",
-        description=__doc__.split("\n\nEvery")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    look = dict(description=__doc__.split("\n\nEvery")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="evaluation.py", allow_abbrev=False, **look)
     parser.add_argument("run", metavar="RUN", help="a run or an export of train.py, or a pre-trained model")
     hints = get_type_hints(Options)
-    kinds = train.KINDS | {
-        tuple[int, ...]: {"type": lambda text: tuple(map(int, text.split(","))), "metavar": "N,N,..."}
-    }
+    whole = {"type": lambda text: tuple(map(int, text.split(","))), "metavar": "N,N,..."}
+    kinds = train.KINDS | {tuple[int, ...]: whole}
     for f in fields(Options):
         kind = kinds.get(hints[f.name]) or {"choices": get_args(hints[f.name])}
         if f.name in ("tasks", "checkpoints"):
             kind = {"nargs": "+", "metavar": "NAME"}
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), default=None, help=f.metadata["help"].replace("%", "%%"), **kind
-        )
+        text = f.metadata["help"].replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **kind)
     return parser
 
 
@@ -992,18 +704,14 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(make_parser().parse_args(argv))
     path = args.pop("run")
     try:
-        given = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in args.items()
-            if value is not None
-        }
+        given = {name: tuple(z) if isinstance(z, list) else z for name, z in args.items() if z is not None}
         options = Options(**given)
         results, rows, failures = None, [], []
         for checkpoint in options.checkpoints or [path]:
             if checkpoint.isdecimal():
                 checkpoint = f"{path}/checkpoints/step-{int(checkpoint):06d}"
-            results, more, failures = measure(checkpoint, options, results)
-            rows += more
+            results, more, missing = measure(checkpoint, options, results)
+            rows, failures = rows + more, failures + missing
     except (UserError, ValueError) as e:
         print(f"evaluation.py: error: {e}", file=sys.stderr)
         return 2
