@@ -662,7 +662,7 @@ class Corpus:
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, parts: dict[str, list], name: str, sha256: str):
         self.config, self.tokenizer, self.name, self.sha256 = config, tokenizer, name, sha256
-        self.vocab_size, self.tokenizer_sha256 = tokenizer.vocab_size, tokenizer.sha256
+        self.vocab_size = tokenizer.vocab_size
         seq_len, reset = config.seq_len, config.reset_at_documents
         # An epoch starts at an offset of its own, below seq_len.
         self.training = Rows(parts["train"], seq_len, reset, slack=seq_len - 1)
@@ -740,7 +740,7 @@ def task_of(data: str) -> tasks.Task | None:
 class TaskCorpus(Corpus):
     """The rows of a task: there is no text, no tokenizer and nothing to prepare."""
 
-    unit, bits, tokenizer, tokenizer_sha256 = "answer", 1 / math.log(2), None, None
+    unit, bits, tokenizer = "answer", 1 / math.log(2), None
 
     def __init__(self, config: TrainConfig):
         self.config, self.task = config, task_of(config.data)

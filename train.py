@@ -914,12 +914,12 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     corpus = world.together(lambda: Corpus.open(config))
     tokenizer = corpus.tokenizer
     model_config = replace(model_config, vocab_size=corpus.vocab_size)
-    hashes = {"data_sha256": corpus.sha256, "tokenizer_sha256": corpus.tokenizer_sha256}
+    hashes = {"data_sha256": corpus.sha256, "tokenizer_sha256": tokenizer and tokenizer.sha256}
     stored = to_json(config, model_config, hashes)
     torch.manual_seed(config.seed)
     model = Hope(model_config).to(world.device)
     if config.init_from:
-        world.together(lambda: init_from(model, corpus.tokenizer_sha256, Path(config.init_from)))
+        world.together(lambda: init_from(model, tokenizer, Path(config.init_from)))
     if longer := world.first(lambda: run.open(stored)):
         say(longer)
     world.first(lambda: tokenizer and tokenizer.save(run.path))
@@ -1192,7 +1192,7 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
     world = World(replace(config, device=device or config.device))
     model = Hope(model_config).to(world.device)
     if exported:
-        init_from(model, sha256["tokenizer_sha256"], path)
+        init_from(model, tokenizer, path)
         return config, model, tokenizer, to_json(config, model_config, sha256)
     average = [optim.EMA(model.parameters(), config.ema)] if config.ema else []
     about = to_json(config, model_config, sha256)
@@ -1221,14 +1221,14 @@ def export(run: Path, device: str | None) -> None:
     print(f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters")
 
 
-def init_from(model: Hope, tokenizer_sha256: str | None, folder: Path) -> None:
+def init_from(model: Hope, tokenizer: Tokenizer | None, folder: Path) -> None:
     """Take over the weights of an export."""
     fix = "give a folder that --export made"
     with explained(f"{folder} cannot be used", fix, Exception):
         about = read_signed(folder / "config.json", fix)
         if file_sha256(folder / "model.safetensors") != about["model_sha256"]:
             raise ValueError("model.safetensors was altered")
-        if about["tokenizer_sha256"] != tokenizer_sha256:
+        if about["tokenizer_sha256"] != (tokenizer and tokenizer.sha256):
             raise ValueError("its tokenizer is another one; take its own, which is the default")
         model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
 

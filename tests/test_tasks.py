@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
+import hope
 import tasks
 import train
 
@@ -506,6 +508,36 @@ def test_any_number_of_processes_reads_the_rows_of_the_task():
     for split in (whole[0], corpus.validation()[0]):
         assert split.shape[1] == 16
     assert len(corpus.validation()[0]) == 128 and len(corpus.validation(most=3)[0]) == 3
+
+
+def test_processes_add_up_what_each_finds_on_its_share_of_the_rows():
+    class Process:
+        device, size = torch.device("cpu"), 3
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def share(self, n):
+            return range(self.rank * n // 3, (self.rank + 1) * n // 3)
+
+        def sum(self, *values):
+            self.values = values
+            return values
+
+    config = train.TrainConfig(data="task:two-languages,words=4", seq_len=40, batch_size=48)
+    corpus, bar = train.Corpus.open(config), tqdm(disable=True)
+    torch.manual_seed(0)
+    model = hope.Hope(hope.HopeConfig.preset("tiny", "transformer++", d_model=8, n_head=1, n_layer=1, vocab_size=12))
+    alone = train.validate(model, corpus, config, world := train.World(config), bar)
+    world.close()
+    sums = np.zeros(10)
+    for process in map(Process, range(3)):
+        train.validate(model, corpus, config, process, bar)
+        sums += process.values
+    loss, *rights = sums[::2] / sums[1::2]
+    assert sums[1::2].tolist() == [128 * n for n in (12, 12, 4, 4, 4)]
+    assert loss == pytest.approx(alone["val_loss"], rel=1e-6)
+    assert [100 * share for share in rights] == pytest.approx([alone["val_accuracy"], *alone["val_parts"].values()])
 
 
 def test_a_task_is_planned_exported_and_begun_from(in_a_directory, capsys):
