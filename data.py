@@ -7,6 +7,7 @@ In this file, in this order:
     Source             the text that --data names, piece by piece
     prepare            that text as files of tokens, made once
     Rows, Corpus       the rows of a step: a pure function of (seed, step, row)
+    TaskCorpus         the same, of a synthetic task of tasks.py
 
 train.py declares the settings (`TrainConfig`) and trains on what comes out of `Corpus.open`. Nothing here knows the model.
 """
@@ -38,6 +39,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
+
+import tasks
 
 if TYPE_CHECKING:  # for annotations: the settings of a run, some of which are those of its data
     from train import TrainConfig
@@ -654,8 +657,12 @@ def stacked(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tens
 class Corpus:
     """Tokens to train on and tokens held out, and which of them every step reads."""
 
+    unit = "byte"  # what bits are counted by
+    task: tasks.Task | None = None
+
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, parts: dict[str, list], name: str, sha256: str):
         self.config, self.tokenizer, self.name, self.sha256 = config, tokenizer, name, sha256
+        self.vocab_size = tokenizer.vocab_size
         seq_len, reset = config.seq_len, config.reset_at_documents
         # An epoch starts at an offset of its own, below seq_len.
         self.training = Rows(parts["train"], seq_len, reset, slack=seq_len - 1)
@@ -668,6 +675,7 @@ class Corpus:
         scored = scored[scored >= 0]
         # Exact on what is scored, so that bits per byte compare between tokenizers.
         self.tokens_per_byte = len(scored) / tokenizer.lengths[scored].sum()
+        self.bits = self.tokens_per_byte / math.log(2)  # of nats per token, in bits per byte
 
     @classmethod
     def open(cls, config: TrainConfig) -> Corpus:
@@ -676,6 +684,8 @@ class Corpus:
         Documents are held out whole, by a hash of their text. Where there are so few that chance would decide how much
         that is, it is the end of the text instead, be it in the middle of a document.
         """
+        if task_of(config.data):
+            return TaskCorpus(config)
         folder, manifest, tokenizer = prepare(config)
         arrays = {}
         for file, size in manifest["sizes"].items():
@@ -720,3 +730,33 @@ class Corpus:
     def __str__(self) -> str:
         tokens = f"{self.training.tokens:,} tokens to train on, {self.held_out.tokens:,} held out ({self.name})"
         return f"{tokens}, {self.tokenizer.vocab_size:,} kinds of tokens, {1 / self.tokens_per_byte:.2f} bytes each"
+
+
+def task_of(data: str) -> tasks.Task | None:
+    """The task that --data task:NAME,OPTION=VALUE,... names. ValueError for one that there is not."""
+    return tasks.make(data[5:]) if data.startswith("task:") else None
+
+
+class TaskCorpus(Corpus):
+    """The rows of a task: there is no text, no tokenizer and nothing to prepare."""
+
+    unit, bits, tokenizer = "answer", 1 / math.log(2), None
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.task = config, task_of(config.data)
+        self.vocab_size, self.sha256 = self.task.vocab_size, fingerprint(self.task.spec)
+
+    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
+        first = 0 if self.config.overfit_one_batch else step * self.config.batch_size
+        return self.task.rows("train", self.config.seed, first + rows.start, len(rows))
+
+    @cached_property
+    def selection(self) -> tuple[Tensor, Tensor]:
+        return self.task.rows("selection", 0, 0, max(4, min(128, 2**18 // self.task.length)))
+
+    def validation(self, most: int = 128) -> tuple[Tensor, Tensor]:
+        """At most `most` rows for selection, the same for every seed."""
+        return self.selection[0][:most], self.selection[1][:most]
+
+    def __str__(self) -> str:
+        return f"task {self.task.spec}: rows of {self.task.length} tokens, {self.vocab_size:,} kinds of tokens"

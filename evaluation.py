@@ -165,7 +165,7 @@ class Subject:
         if config.exists() and "train" in json.loads(config.read_text()):
             config, model, tokenizer, found = train.trained(folder, options.device)
             about = {"name": f"{config.arch} {config.size}", "data": config.data, "step": found.get("step")}
-            start, tokenizer_folder = [tokenizer.eot], str(home)
+            start, tokenizer_folder = [tokenizer.eot] if tokenizer else [], str(home)
         else:
             fix = "give a run or an export of train.py, or the name or folder of a pre-trained model"
             with explained(f"{path} cannot be loaded", fix, Exception):
@@ -541,7 +541,7 @@ def run_task(spec: str, subject: Subject, reader: Reader, options: Options, ask:
 
 def text_tokens(subject: Subject, text: str, field: str, most: int) -> np.ndarray:
     """The first tokens of a text, documents one after the other: what --data takes, or else the run's held-out part."""
-    if not text and subject.about["data"] and not subject.about["data"].startswith("task:"):
+    if not text and subject.about["data"]:
         return np.concatenate([tokens for tokens, _ in Corpus.open(subject.config).held_out.parts])
     named = {"pg19": "hf:deepmind/pg19"}.get(text, text or "pydoc")
     split = "test" if text == "pg19" else subject.config.data_split
@@ -661,6 +661,10 @@ def measure(path: str, options: Options, results: Results | None = None) -> tupl
             scope |= {"steps": options.memorize_steps} if run is run_continual else {}
             key = fingerprint(json.loads(json.dumps([subject.about["weights"], spec, how, scope])))[:16]
             if not results.of(key) or options.anew:
+                if run is not run_task and subject.tokenizer is None:
+                    own = subject.config.data
+                    failures.append(f"{spec} is about text, which this run has no tokenizer for; measure it on {own}")
+                    break
                 reader = Reader(subject, memorize, options.context or subject.context, options.batch_size)
                 title = f"{spec}{', memorising' if memorize else ''}"
                 ask = lambda items, compute: results.ask(key, items, compute, title, reader.keeps)

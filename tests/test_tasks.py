@@ -1,14 +1,22 @@
 """The synthetic tasks are what they say: every definition checked against one written down another way."""
 
 import itertools
+import json
 import re
+import shutil
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
 
+import hope
 import tasks
+import train
 
 SMALL = {
     "mqar": "mqar,pairs=4,length=32,vocab=32",
@@ -419,3 +427,144 @@ def test_errors_of_rows():
 def test_a_spec_with_every_option_makes_the_same_task():
     task = tasks.make("mqar,pairs=4,filler=values")
     assert task.spec == "mqar,length=64,pairs=4,vocab=128,filler=values,power=0.01" == tasks.make(task.spec).spec
+
+
+# ---- train.py --data task:NAME ----
+
+TINY = "--d-model 16 --n-head 2 --n-layer 1 --chunk 8 --chunk-proj 8 --cms 8,16,inf --lr 0.02".split()
+EASY = "task:recall,pairs=2,vocab=8,length=16"
+
+
+@pytest.fixture
+def in_a_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def log_of(run):
+    lines = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
+
+
+def test_a_run_on_a_task_shows_its_accuracy_and_goes_on_bit_identically(in_a_directory, capsys):
+    steps = ["--steps", "12", "--eval-every", "6", "--save-every", "6"]
+    assert train.main([*TINY, *steps, "--data", EASY]) == 0
+    out = capsys.readouterr().out
+    whole = log_of("runs/recall")
+    assert whole[-1]["val_accuracy"] == pytest.approx(
+        float(re.search(r"validation: ([\d.]+)% right", out)[1]), abs=0.05
+    )
+    assert "val_bpb" not in whole[-1] and whole[-1]["loss"] < whole[0]["loss"] and whole[-1]["tokens"] == 12 * 32 * 16
+    assert len(re.findall(r"\d \[\d(?:, not \d)?\]", out.split("A sample:")[1])) == 6  # of one row, six are asked
+    assert {p.name for p in Path("runs/recall").iterdir() if p.name[0] != "."} == {
+        "config.json", "log.jsonl", "loss.png", "checkpoints"
+    }  # fmt: skip
+    shutil.copytree("runs/recall", "cut")
+    shutil.rmtree("cut/checkpoints/step-000012")
+    assert train.main(["--resume", "cut"]) == 0
+    assert log_of("cut") == whole
+    [whole], [cut] = (
+        list(Path(run, "checkpoints/step-000012").glob("*.safetensors")) for run in ("runs/recall", "cut")
+    )
+    whole, cut = load_file(whole), load_file(cut)
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+    capsys.readouterr()
+    samples = []
+    for seed in ("0", "0", "1"):
+        assert train.main(["--sample", "runs/recall", "--seed", seed]) == 0
+        samples.append(capsys.readouterr().out)
+    assert samples[0] == samples[1] != samples[2] and samples[0] in out
+    with pytest.raises(SystemExit):
+        train.main(["--data", EASY, "--nonsense"])
+
+
+def test_validation_counts_what_observing_the_rows_for_selection_gives(in_a_directory, capsys):
+    """With the CMS written as the rows go by, in whatever batches, and in parts where the task has some."""
+    data = ["--data", "task:two-languages,words=4", "--steps", "5", "--out", "run", "--micro-batch", "16"]
+    assert train.main([*TINY, *data]) == 0
+    row = log_of("run")[-1]
+    config, model, tokenizer, _ = train.trained(Path("run"), None)
+    task = tasks.make("two-languages,words=4")
+    tokens, targets = task.rows("selection", 0, 0, 128)
+    with torch.no_grad():
+        loss, _, logits = model.observe(tokens, targets, logits=True)
+    found = task.scores(logits, targets, tokens)
+    assert tokenizer is None and config.seq_len == task.length == 40
+    assert row["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert {"accuracy": row["val_accuracy"], **row["val_parts"]} == pytest.approx(found, abs=1)
+    assert list(row["val_parts"]) == ["first", "second", "first after second"]
+
+
+def test_any_number_of_processes_reads_the_rows_of_the_task():
+    config = train.TrainConfig(data=EASY, seq_len=16, batch_size=4, seed=5)
+    corpus = train.Corpus.open(config)
+    whole = corpus.batch(3, range(4))
+    halves = [corpus.batch(3, range(2)), corpus.batch(3, range(2, 4))]
+    expected = corpus.task.rows("train", 5, 12, 4)
+    for i in (0, 1):
+        assert torch.equal(whole[i], torch.cat([half[i] for half in halves])) and torch.equal(whole[i], expected[i])
+    one = train.Corpus.open(replace(config, overfit_one_batch=True))
+    assert torch.equal(one.batch(3, range(4))[0], one.batch(0, range(4))[0])
+    for split in (whole[0], corpus.validation()[0]):
+        assert split.shape[1] == 16
+    assert len(corpus.validation()[0]) == 128 and len(corpus.validation(most=3)[0]) == 3
+
+
+def test_processes_add_up_what_each_finds_on_its_share_of_the_rows():
+    class Process:
+        device, size = torch.device("cpu"), 3
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def share(self, n):
+            return range(self.rank * n // 3, (self.rank + 1) * n // 3)
+
+        def sum(self, *values):
+            self.values = values
+            return values
+
+    config = train.TrainConfig(data="task:two-languages,words=4", seq_len=40, batch_size=48)
+    corpus, bar = train.Corpus.open(config), tqdm(disable=True)
+    torch.manual_seed(0)
+    model = hope.Hope(hope.HopeConfig.preset("tiny", "transformer++", d_model=8, n_head=1, n_layer=1, vocab_size=12))
+    alone = train.validate(model, corpus, config, world := train.World(config), bar)
+    world.close()
+    sums = np.zeros(10)
+    for process in map(Process, range(3)):
+        train.validate(model, corpus, config, process, bar)
+        sums += process.values
+    loss, *rights = sums[::2] / sums[1::2]
+    assert sums[1::2].tolist() == [128 * n for n in (12, 12, 4, 4, 4)]
+    assert loss == pytest.approx(alone["val_loss"], rel=1e-6)
+    assert [100 * share for share in rights] == pytest.approx([alone["val_accuracy"], *alone["val_parts"].values()])
+
+
+def test_a_task_is_planned_exported_and_begun_from(in_a_directory, capsys):
+    assert train.main([*TINY, "--data", EASY, "--plan"]) == 0
+    assert "32 sequences of 16 tokens" in capsys.readouterr().out and not Path("runs").exists()
+    assert train.main([*TINY, "--data", EASY, "--steps", "1"]) == 0
+    assert train.main(["--export", "runs/recall"]) == 0
+    assert {p.name for p in Path("runs/recall/export").iterdir()} == {"config.json", "model.safetensors"}
+    again = ["--init-from", "runs/recall/export", "--data", EASY, "--steps", "1", "--out", "again"]
+    assert train.main(again) == 0
+    capsys.readouterr()
+    assert train.main(["--sample", "runs/recall/export"]) == 0 and "[" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--data", "task:mqr"], "no task is called 'mqr'; did you mean mqar?"),
+        (["--data", "task:mqar,pairs=99"], "vocab is 128; here it must be at least 200"),
+        (
+            ["--data", "task:mqar", "--seq-len", "32"],
+            "rows of task:mqar have 64 tokens; leave it out or give seq_len 64",
+        ),
+        (["--data", "task:mqar", "--tokenizer", "gpt2"], "tokenizer is gpt2, but task:mqar has tokens of its own"),
+    ],
+)
+def test_tasks_that_cannot_be_trained_are_refused_in_one_line(flags, said, in_a_directory, capsys):
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
