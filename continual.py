@@ -54,7 +54,11 @@ def synthetic() -> dict[str, list[Labelled]]:
 def digits() -> dict[str, list[Labelled]]:
     """scikit-learn's handwritten digits: 64 letters, a to i for the ink in a pixel."""
     found: dict[str, list[Labelled]] = {}
-    images = extra("sklearn.datasets", "set=digits").load_digits()
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError('set=digits needs scikit-learn; run: pip install "nested-learning-hope[eval]"') from None
+    images = load_digits()
     for image, label in zip(images.data.astype(int) // 2, images.target):
         found.setdefault(str(label), []).append(("".join(chr(ord("a") + level) for level in image), str(label)))
     return found

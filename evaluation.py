@@ -169,10 +169,10 @@ class Subject:
         else:
             fix = "give a run or an export of train.py, or the name or folder of a pre-trained model"
             with explained(f"{path} cannot be loaded", fix, Exception):
-                import transformers
-
                 named = {"gguf_file": options.gguf_file} if options.gguf_file else {}
                 model = hope.from_pretrained(path, cms=options.cms, cms_rate=options.cms_rate, **named)
+                import transformers  # without which the line before says how to get it
+
                 tokenizer = HubTokenizer(transformers.AutoTokenizer.from_pretrained(path, **named))
             model = model.to(train.pick_device(options.device))
             config = TrainConfig(arch="hope-attention", seq_len=model.config.n_position or 2048)
@@ -626,6 +626,11 @@ def run_continual(spec: str, subject: Subject, reader: Reader, options: Options,
 FREE = {"tasks", "plot", "out", "anew", "device", "checkpoints", "batch_size"}  # settings that change no figure
 
 
+def babilong_length(n: int) -> str:
+    """What BABILong calls contexts of n tokens: 0k, 4k, 128k, 1M."""
+    return f"{n // 10**6}M" if n >= 10**6 else f"{n // 1024 if n % 1024 == 0 else n // 1000}k"
+
+
 def jobs_of(options: Options) -> list[tuple[str, Callable]]:
     """Tasks by name, groups one by one, with what measures them."""
     found = []
@@ -639,7 +644,7 @@ def jobs_of(options: Options) -> list[tuple[str, Callable]]:
             else:
                 run = run_harness
                 if spec.startswith("babilong"):
-                    lengths = [f"@{n // 1000}k" if n < 10**6 else f"@{n // 10**6}M" for n in options.lengths or (0,)]
+                    lengths = [f"@{babilong_length(n)}" for n in options.lengths or (0,)]
             found += [(spec + length, run) for length in lengths]
     return found
 

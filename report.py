@@ -163,22 +163,23 @@ def plot(rows: list[dict], folder: Path) -> None:
     """What has an order is drawn as curves: positions, lengths, stages, checkpoints."""
     ordered: dict[tuple[str, str], dict[str, tuple[list, list]]] = {}
     for row in rows:
-        task, metric, column = row["task"].split(",")[0], row["metric"], column_of(row)
+        (task, _, how), metric = row["task"].partition(","), row["metric"]
+        x, y = [], row["curve"] or [row["value"]]
         if found := re.fullmatch(r"perplexity at \d+-(\d+)", metric):
-            kind, name, x, y = ("position", "tokens in front"), column, int(found[1]), row["value"]
-        elif found := re.fullmatch(r"\d+", metric):
-            kind, name, x, y = ("length", "tokens of context"), f"{task}, {column}", int(metric), row["value"]
+            kind, what, x = ("position", "tokens in front"), "", [int(found[1])]
+        elif metric.isdecimal():
+            kind, what, x = ("length", "tokens of context"), task, [int(metric)]
         elif row["curve"]:
-            kind, name = ("continual", "stages met"), f"{metric.split(', ')[1]}, {column}"
-            x, y = [*range(1, 1 + len(row["curve"]))], row["curve"]
+            kind, what, x = ("continual", "stages met"), metric.removeprefix("accuracy "), [*range(1, 1 + len(y))]
         else:
             continue
+        name = ", ".join(part for part in (what, how, column_of(row)) if part)
         points = ordered.setdefault(kind, {}).setdefault(name, ([], []))
-        for z, values in zip(points, (x, y)):
-            z.extend(values if isinstance(values, list) else [values])
+        points[0].extend(x)
+        points[1].extend(y)
     names = {"position": "perplexity", "length": "accuracy", "continual": "accuracy on stages met (%)"}
     for (kind, x), curves in ordered.items():
-        draw(folder / f"evaluation-{kind}.png", kind, x, names[kind], curves, log=kind != "continual")
+        draw(folder / f"evaluation-{kind}.png", names[kind], x, names[kind], curves, log=kind != "continual")
     several = by_checkpoint([row for row in rows if row["model"]["step"] and " at " not in row["metric"]])
     if several:
         points = {
