@@ -7,6 +7,7 @@ In this file, in this order:
     Source             the text that --data names, piece by piece
     prepare            that text as files of tokens, made once
     Rows, Corpus       the rows of a step: a pure function of (seed, step, row)
+    TaskCorpus         the same, of a synthetic task of tasks.py
 
 train.py declares the settings (`TrainConfig`) and trains on what comes out of `Corpus.open`. Nothing here knows the model.
 """
@@ -38,6 +39,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
+
+import tasks
 
 if TYPE_CHECKING:  # for annotations: the settings of a run, some of which are those of its data
     from train import TrainConfig
@@ -277,18 +280,12 @@ class Tokenizer:
 
 
 class PretrainedTokenizer(Tokenizer):
-    """The tokenizer in a folder of Hugging Face's, as `hf`. Its end of text is `eot`; it may have a chat template."""
+    """A tokenizer of transformers, `hf`. Its end of text is `eot`; it may have a chat template."""
 
-    def __init__(self, folder: Path):
-        transformers = extra("transformers", f"the tokenizer in {folder}")
-        transformers.logging.set_verbosity_error()  # of a config.json that it does not know, such as a run's
-        what = f"the tokenizer in {folder} cannot be used"
-        with explained(what, "give a folder that AutoTokenizer loads", Exception):
-            auto = transformers.AutoTokenizer
-            self.hf = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            backend = json.loads(self.hf.backend_tokenizer.to_str())
-            if self.hf.eos_token_id is None:
-                raise ValueError("it has no token for the end of a text")
+    def __init__(self, hf: Any):
+        backend, self.hf = json.loads(hf.backend_tokenizer.to_str()), hf
+        if hf.eos_token_id is None:
+            raise ValueError("it has no token for the end of a text")
         self.ranks, self.eot, self.vocab_size = {}, self.hf.eos_token_id, len(self.hf)
         self.identity = [backend["model"], backend["pre_tokenizer"], self.hf.chat_template]
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
@@ -314,6 +311,15 @@ class PretrainedTokenizer(Tokenizer):
         path = folder / "tokenizer_config.json"
         write_atomically(path, json.dumps(json.loads(path.read_text()) | {"name_or_path": ""}) + "\n")
 
+    @staticmethod
+    def load(path: Path) -> PretrainedTokenizer:
+        """From a folder; no code in it is run."""
+        transformers = extra("transformers", f"the tokenizer in {path}")
+        transformers.logging.set_verbosity_error()  # of a config.json that it does not know, such as a run's
+        with explained(f"the tokenizer in {path} cannot be used", "give a folder that AutoTokenizer loads", Exception):
+            how = dict(local_files_only=True, trust_remote_code=False)
+            return PretrainedTokenizer(transformers.AutoTokenizer.from_pretrained(str(path), **how))
+
 
 def tokenizer_in(folder: Path) -> str:
     """What --tokenizer is to be for the tokenizer that was saved in a folder."""
@@ -335,7 +341,7 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     if name.endswith(".tiktoken"):
         return Tokenizer.load(Path(name))
     if Path(name).is_dir():
-        return PretrainedTokenizer(Path(name))
+        return PretrainedTokenizer.load(Path(name))
     tiktoken = extra("tiktoken", f"--tokenizer {name}")
     if name not in (known := tiktoken.list_encoding_names()):
         allowed = f"bytes, train:N, a .tiktoken file, a folder with a tokenizer.json, {', '.join(known)}"
@@ -706,8 +712,12 @@ def stacked(rows: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tens
 class Corpus:
     """Tokens to train on and tokens held out, and which of them every step reads."""
 
+    unit = "byte"  # what bits are counted by
+    task: tasks.Task | None = None
+
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, parts: dict[str, list], name: str, sha256: str):
         self.config, self.tokenizer, self.name, self.sha256 = config, tokenizer, name, sha256
+        self.vocab_size = tokenizer.vocab_size
         seq_len, reset = config.seq_len, config.reset_at_documents
         # An epoch starts at an offset of its own, below seq_len.
         self.training = Rows(parts["train"], seq_len, reset, slack=seq_len - 1)
@@ -720,6 +730,7 @@ class Corpus:
         scored = scored[scored >= 0]
         # Exact on what is scored, so that bits per byte compare between tokenizers.
         self.tokens_per_byte = len(scored) / tokenizer.lengths[scored].sum()
+        self.bits = self.tokens_per_byte / math.log(2)  # of nats per token, in bits per byte
 
     @classmethod
     def open(cls, config: TrainConfig) -> Corpus:
@@ -728,6 +739,8 @@ class Corpus:
         Documents are held out whole, by a hash of their text. Where there are so few that chance would decide how much
         that is, it is the end of the text instead, be it in the middle of a document.
         """
+        if task_of(config.data):
+            return TaskCorpus(config)
         folder, manifest, tokenizer = prepare(config)
         arrays = {}
         for file, size in manifest["sizes"].items():
@@ -772,3 +785,33 @@ class Corpus:
     def __str__(self) -> str:
         tokens = f"{self.training.tokens:,} tokens to train on, {self.held_out.tokens:,} held out ({self.name})"
         return f"{tokens}, {self.tokenizer.vocab_size:,} kinds of tokens, {1 / self.tokens_per_byte:.2f} bytes each"
+
+
+def task_of(data: str) -> tasks.Task | None:
+    """The task that --data task:NAME,OPTION=VALUE,... names. ValueError for one that there is not."""
+    return tasks.make(data[5:]) if data.startswith("task:") else None
+
+
+class TaskCorpus(Corpus):
+    """The rows of a task: there is no text, no tokenizer and nothing to prepare."""
+
+    unit, bits, tokenizer = "answer", 1 / math.log(2), None
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.task = config, task_of(config.data)
+        self.vocab_size, self.sha256 = self.task.vocab_size, fingerprint(self.task.spec)
+
+    def batch(self, step: int, rows: range) -> tuple[Tensor, Tensor]:
+        first = 0 if self.config.overfit_one_batch else step * self.config.batch_size
+        return self.task.rows("train", self.config.seed, first + rows.start, len(rows))
+
+    @cached_property
+    def selection(self) -> tuple[Tensor, Tensor]:
+        return self.task.rows("selection", 0, 0, max(4, min(128, 2**18 // self.task.length)))
+
+    def validation(self, most: int = 128) -> tuple[Tensor, Tensor]:
+        """At most `most` rows for selection, the same for every seed."""
+        return self.selection[0][:most], self.selection[1][:most]
+
+    def __str__(self) -> str:
+        return f"task {self.task.spec}: rows of {self.task.length} tokens, {self.vocab_size:,} kinds of tokens"

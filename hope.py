@@ -1272,7 +1272,7 @@ class Hope(nn.Module):
         """The state with the open segment's gradient in the sums of the CMS, so that unobserved tokens may follow."""
         if state.segment is None or lesson.levels == []:
             return replace(state, segment=None)
-        _, _, cms = self._learn(state.segment, state.segment.tokens.shape[1], state.cms, state.observed, lesson)
+        _, _, cms, _ = self._learn(state.segment, state.segment.tokens.shape[1], state.cms, state.observed, lesson)
         return replace(state, cms=cms, segment=None)
 
     @outside_inference_mode
@@ -1291,8 +1291,8 @@ class Hope(nn.Module):
     def observe(
         self, tokens: Tensor, targets: Tensor | None = None, state: HopeState | None = None, backward: bool = False,
         reduction: Literal["mean", "none"] = "mean", levels: Sequence[int] | None = None, surprise: float = 0.0,
-        truncate: bool = False,
-    ) -> tuple[Tensor, HopeState]:  # fmt: skip
+        truncate: bool = False, logits: bool = False,
+    ) -> tuple[Tensor, HopeState] | tuple[Tensor, HopeState, Tensor]:  # fmt: skip
         """Read a stream and learn from it: memories are written, and so is the CMS, by its own prediction errors.
 
         The stream is cut wherever a level's chunk ends. After each segment, every level adds the gradient of the
@@ -1311,6 +1311,7 @@ class Hope(nn.Module):
                 not grow with the stream and one pass serves parameters and CMS. Start states of memories learn from
                 every segment, as if it had begun with them; what a write did for later segments, and so the learnt
                 rates of the CMS, get no gradient.
+            logits: return the logits (b, t, vocab_size) that were scored as well, after loss and state.
         """
         require(backward or not truncate, "truncate=True is about the backward pass; set backward=True as well")
         require(reduction in ("mean", "none"), f"reduction is {reduction!r}; allowed: mean, none")
@@ -1329,26 +1330,31 @@ class Hope(nn.Module):
         scored = (targets != -100).sum().clamp(min=1)
         lesson = Lesson(levels, surprise, truncate, scored if reduction == "mean" else None)
         losses, lengths = [], piece_lengths(state.observed, tokens.shape[1], self.config.clocks)
+        scores = []
         for piece in zip(tokens.split(lengths, 1), targets.split(lengths, 1)):
-            loss, state = self._observe_piece(*piece, state, lesson)
+            loss, state, score = self._observe_piece(*piece, state, lesson)
             losses.append(loss)
+            scores += [score] if logits else []
         loss = torch.cat(losses, 1) if losses else in_float32(self.embed.weight.new_zeros(tokens.shape))
         if reduction == "mean":
             loss = loss.sum() / scored
         if backward and not truncate:
             loss.sum().backward()
-        return (loss.detach(), state.detach()) if backward else (loss, state)
+        found = (loss, state)
+        if logits:
+            found += (torch.cat(scores, 1) if scores else loss.new_zeros(*tokens.shape, self.config.vocab_size),)
+        return map_state(Tensor.detach, found) if backward else found
 
     def _observe_piece(
         self, tokens: Tensor, targets: Tensor, state: HopeState, lesson: Lesson, read: tuple | None = None
-    ) -> tuple[Tensor, HopeState]:
-        """Tokens (b, s) that lie within one segment -> losses (b, s), the state; `read`: what `_run` makes of them."""
+    ) -> tuple[Tensor, HopeState, Tensor]:
+        """Tokens (b, s) that lie within one segment -> losses, the state, logits; `read`: what `_run` makes of them."""
         observed, segment = state.observed + tokens.shape[1], state.segment
         if self.config.clocks:
             before = 0 if segment is None else segment.tokens.shape[1]
             segment = (segment or Segment(tokens[:, :0], targets[:, :0], state.memories)).extend(tokens, targets)
         if any(observed % clock == 0 for clock in self.config.clocks):
-            losses, memories, cms = self._learn(segment, before, state.cms, observed, lesson)
+            losses, memories, cms, logits = self._learn(segment, before, state.cms, observed, lesson)
             segment = None
         else:
             logits, memories = read or self._run(tokens, state.memories, state.cms)
@@ -1357,7 +1363,7 @@ class Hope(nn.Module):
                 with torch.autocast(tokens.device.type, enabled=False):
                     lesson.backward(losses)
         state = replace(state, memories=memories, cms=cms, observed=observed, segment=segment)
-        return (losses.detach(), self._restart_graph(state)) if lesson.truncate else (losses, state)
+        return (losses.detach(), self._restart_graph(state), logits) if lesson.truncate else (losses, state, logits)
 
     def _restart_graph(self, state: HopeState) -> HopeState:
         """The same state as values, with memories that hang on their start states once more and on nothing else."""
@@ -1367,13 +1373,13 @@ class Hope(nn.Module):
 
     def _learn(
         self, segment: Segment, before: int, cms: list[list[FastMLP | None]], t: int, lesson: Lesson
-    ) -> tuple[Tensor, list, list[list[FastMLP | None]]]:
+    ) -> tuple[Tensor, list, list[list[FastMLP | None]], Tensor]:
         """Run a segment and write the CMS with its gradient, at time t.
 
         That gradient reaches back to the segment's start and no further: it is taken to deltas made fresh for it. Where
         the segment's parameter gradients are wanted at once (`truncate`), one pass yields both, unless the first
         `before` of its tokens were observed by an earlier call, which has gone back through their losses already.
-        Returns losses of the other tokens, the memories after the last one, and the CMS.
+        Returns losses of the other tokens, the memories after the last one, the CMS, and logits of the other tokens.
         """
         keep_graph = torch.is_grad_enabled()
         full = keep_graph and self.config.inner_grad == "full" and not lesson.truncate
@@ -1398,10 +1404,20 @@ class Hope(nn.Module):
             for i in [] if lesson.levels is None else set(block.cms.written) - set(lesson.levels):
                 gradients[i] = map_state(torch.zeros_like, gradients[i])
             new.append(block.cms.write(state, gradients, t))
-        losses = losses[:, before:]
-        if not keep_graph:
-            losses, memories, new = (map_state(Tensor.detach, z) for z in (losses, memories, new))
-        return losses, memories, new
+        found = (losses[:, before:], memories, new, logits[:, before:])
+        return found if keep_graph else map_state(Tensor.detach, found)
+
+    @outside_inference_mode
+    def restart(self, state: HopeState, levels: Sequence[int] | None = None, surprise: float = 0.0) -> HopeState:
+        """The state in front of another text: memories as before the first token, the CMS with what it has learnt.
+
+        The clock goes on, and an open chunk counts; levels, surprise: how it was observed.
+        """
+        sizes: list[int] = []
+        map_state(lambda z: sizes.append(len(z)) or z, state.memories)
+        check_state(self, state, sizes[0])
+        state = self._bank(state, Lesson(levels, surprise))
+        return replace(state, memories=self.init_state(sizes[0]).memories, pending=None)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -1435,7 +1451,7 @@ class Hope(nn.Module):
             logits, memories = self._run(last, state.memories, state.cms)
             new = torch.where(done, last, sample(logits[:, -1], temperature, top_k, top_p))
             if learn_own:
-                _, state = self._observe_piece(last, new.masked_fill(done, -100), state, lesson, (logits, memories))
+                _, state, _ = self._observe_piece(last, new.masked_fill(done, -100), state, lesson, (logits, memories))
             else:
                 state = replace(state, memories=memories)
             state = replace(state, pending=new)

@@ -63,27 +63,29 @@ def card(model: Hope, about: dict[str, Any], figures: dict[str, Any]) -> str:
         "training": f"{about['step']:,} steps of {run['batch_size']} sequences of {run['seq_len']:,} tokens",
         "optimizer": f"{run['optimizer']}, learning rate up to {run['lr']:g}, {run['schedule']}, seed {run['seed']}",
     }
-    if figures:
-        held_out = f"{figures['val_loss']:.4f} nats per token, {figures['val_bpb']:.4f} bits per byte"
-        rows["held-out text"] = f"{held_out}, at step {figures['step']:,}"
+    units = {"val_loss": "nats per token", "val_bpb": "bits per byte", "val_accuracy": "percent right"}
+    held_out = [f"{figures[name]:.4f} {unit}" for name, unit in units.items() if figures.get(name) is not None]
+    if held_out:
+        rows["held out"] = ", ".join([*held_out, f"at step {figures['step']:,}"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return CARD.format(arch=run["arch"], size=size, table=table)
 
 
 def write_folder(folder: Path, model: Hope, tokenizer: Any, about: dict[str, Any], figures: dict[str, Any]) -> None:
     """Write an export; `about` is what a run's config.json holds, and its step."""
-    named = about["train"]["data"] in ("pydoc", *HUB) or about["train"]["data"].startswith("hf:")
+    named = about["train"]["data"] in ("pydoc", *HUB) or about["train"]["data"].startswith(("hf:", "task:"))
     public = LOCAL | ({} if named else {"data": "files"})
     about = about | {"train": about["train"] | public}
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     write_atomically(folder / "model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
-    tokenizer.save(folder)
+    if tokenizer:  # a task has none
+        tokenizer.save(folder)
+        ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
+        write_atomically(folder / "generation_config.json", json.dumps(ids | {"do_sample": True}) + "\n")
     for name in ("hope.py", "kernels.py", "modeling_hope.py"):  # as parts of one package
         code = (CODE / name).read_text().replace("\nfrom kernels import", "\nfrom .kernels import")
         write_atomically(folder / name, code)
     write_atomically(folder / "README.md", card(model, about, figures))
-    ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
-    write_atomically(folder / "generation_config.json", json.dumps(ids | {"do_sample": True}) + "\n")
     for_transformers = {
         "model_type": "hope", "architectures": ["HopeForCausalLM"], "dtype": "float32",
         "auto_map": {auto: f"modeling_hope.{name}" for auto, name in CLASSES.items()},

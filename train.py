@@ -3,6 +3,7 @@
     python train.py                                    Hope, size tiny, on the text that ships with Python
     python train.py --arch transformer++               the baseline, same data, same steps
     python train.py --data my.txt                      your own text: files, patterns, or a data set of the hub
+    python train.py --data task:mqar,pairs=8           one of the paper's synthetic tasks, see tasks.py
     python train.py --sample runs/tiny --prompt "The " continue a prompt with a trained model
     python train.py --chat runs/tiny                   talk to it, and have it read your files
     python train.py --resume runs/tiny                 go on with a run that was stopped
@@ -73,6 +74,7 @@ import hope
 import hub
 import kernels
 import optim
+import tasks
 from data import (
     Corpus,
     Tokenizer,
@@ -87,6 +89,7 @@ from data import (
     read_signed,
     reason,
     signed,
+    task_of,
     tokenizer_in,
     write_atomically,
 )  # fmt: skip
@@ -110,9 +113,9 @@ class TrainConfig:
     arch: Literal[tuple(HopeConfig.ARCHS)] = setting("hope", "architecture")
     data: str = setting(
         "pydoc",
-        "pydoc (the text that ships with Python); fineweb-edu, wikitext-103, tinystories; hf:NAME for any data set of the "
-        "Hugging Face hub; files and patterns, separated by commas: text in UTF-8, .jsonl, .parquet, also .gz and .zst; or "
-        "a folder that --prepare made",
+        "pydoc (the text that ships with Python); fineweb-edu, wikitext-103, tinystories; hf:NAME for any data set of "
+        "the Hugging Face hub; files and patterns, separated by commas: text in UTF-8, .jsonl, .parquet, also .gz and "
+        ".zst; a folder that --prepare made; or task:NAME,OPTION=VALUE,... for a task of tasks.py",
     )
     data_config: str = setting("", "config of a data set of the hub, where it has several")
     data_split: str = setting("train", "split of a data set of the hub")
@@ -128,10 +131,12 @@ class TrainConfig:
     reset_at_documents: bool = setting(False, "a row holds one document, or a part: memories see no other one")
     data_dir: str = setting("data", "where prepared data is kept")
     verify_data: bool = setting(False, "compare the hashes of prepared data, not only names and sizes")
-    out: str = setting("", "run directory; default: runs/SIZE, or runs/SIZE-ARCH for other architectures than hope")
+    out: str = setting(
+        "", "run directory; default: runs/SIZE or runs/TASK, and -ARCH for other architectures than hope"
+    )
     steps: int = setting(200, "optimizer steps", least=1)
-    batch_size: int = setting(2, "sequences a step", least=1)
-    seq_len: int = setting(512, "tokens of a sequence", least=1)
+    batch_size: int = setting(2, "sequences a step; of a task 32, if it is not given", least=1)
+    seq_len: int = setting(512, "tokens of a sequence; a task has its own", least=1)
     optimizer: Literal[tuple(MATRIX_LR)] = setting("muon", "what trains the matrices; AdamW trains the rest")
     lr: float = setting(1e-2, "peak learning rate", above=0, below=INF)
     schedule: Literal["cosine", "wsd"] = setting("cosine", "the learning rate falls along a cosine, or only at the end")
@@ -182,10 +187,17 @@ class TrainConfig:
         check_settings(self)
         if 0 < self.spike <= 1:
             raise ValueError(f"spike is {self.spike}; it must be a factor above 1, or 0 to skip no finite step")
+        if task := task_of(self.data):
+            if self.seq_len != task.length:
+                rows = f"rows of {self.data} have {task.length} tokens"
+                raise ValueError(f"seq_len is {self.seq_len}, but {rows}; leave it out or give seq_len {task.length}")
+            if self.tokenizer not in ("", "bytes"):
+                raise ValueError(f"tokenizer is {self.tokenizer}, but {self.data} has tokens of its own; leave it out")
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.out or f"runs/{self.size}{'' if self.arch == 'hope' else '-' + self.arch}")
+        name = self.data[5:].split(",")[0] if self.data.startswith("task:") else self.size
+        return Path(self.out or f"runs/{name}{'' if self.arch == 'hope' else '-' + self.arch}")
 
     @property
     def tokenizer_name(self) -> str:
@@ -237,7 +249,9 @@ LOG = {
     "utilisation": "6 operations per parameter (embedding left out) and token, as a part of the devices' peak, if it is known",
     "skipped": "why this step changed nothing, if it was skipped: loss and grad_norm are null if not finite",
     "val_loss": "* nats per token of held-out text",
-    "val_bpb": "* the same in bits per byte of the text",
+    "val_bpb": "* the same in bits per byte of the text; not of a task",
+    "val_accuracy": "* of a task: percent of the answers that are right, or of rows if they count as a whole",
+    "val_parts": "* of some tasks: the same for parts of the rows",
     "eta": "* mean inner step size, one number per layer; null for a layer without",
     "alpha": "* mean retention, likewise",
     "memory_norm": "* Frobenius norm of a head's memory M after a held-out row, mean over heads, one number per layer",
@@ -429,24 +443,29 @@ class Run:
             write_atomically(self.log_path, "".join(json.dumps(r) + "\n" for r in kept))
         return len(rows) - len(kept)
 
-    def plot(self, title: str, bits: float) -> None:
-        """Draw loss.png; `bits` are bits per byte for a nat per token."""
+    def plot(self, title: str, bits: float, unit: str = "byte") -> None:
+        """Draw loss.png; `bits` are bits per `unit` for a nat per token."""
         rows = self.log()
         steps, loss = (np.array([r[name] for r in rows if "skipped" not in r]) for name in ("step", "loss"))
         few = max(1, min(20, len(loss) // 5))
         read = np.minimum(np.arange(len(loss)) + 1, few)  # at the start there are fewer to average
         smooth = np.convolve(loss, np.ones(few))[: len(loss)] / read if len(loss) else loss
-        validated = [r for r in rows if "val_bpb" in r]
+        validated = [r for r in rows if "val_loss" in r]
         fig = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: no display and no backend is touched
         ax = fig.subplots()
         ax.plot(steps, loss * bits, color="#9ecae1", linewidth=0.8, label="training, each step")
         ax.plot(steps, smooth * bits, color="#08519c", linewidth=1.8, label=f"training, mean of {few} steps")
-        points = [r["step"] for r in validated], [r["val_bpb"] for r in validated]
-        ax.plot(*points, "o--", color="#d94801", label="validation")
-        ax.set(xlabel="step", ylabel="bits per byte", title=title, ylim=(0, None))
+        places = [r["step"] for r in validated]
+        ax.plot(places, [r["val_loss"] * bits for r in validated], "o--", color="#d94801", label="validation")
+        ax.set(xlabel="step", ylabel=f"bits per {unit}", title=title, ylim=(0, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
-        ax.legend()
+        lines = ax.get_lines()
+        if accuracy := [r["val_accuracy"] for r in validated if "val_accuracy" in r]:
+            right = ax.twinx()
+            right.set(ylabel="percent right", ylim=(0, 102))
+            lines += right.plot(places, accuracy, "s-", color="#238b45", label="validation, percent right")
+        ax.legend(handles=lines, loc="center right" if accuracy else "best")
         fig.savefig(self.path / "loss.png", dpi=150)
 
 
@@ -681,21 +700,31 @@ def at_once(config: TrainConfig, world: World) -> int:
     return config.micro_batch or config.batch_size // world.size
 
 
-def validate(model: Hope, corpus: Corpus, config: TrainConfig, world: World, bar: tqdm) -> float:
-    """Mean loss in nats per token over held-out windows, each observed from the start state, CMS writes included."""
+def validate(model: Hope, corpus: Corpus, config: TrainConfig, world: World, bar: tqdm) -> dict[str, Any]:
+    """What is found on held-out rows (see LOG), each observed from the start state, CMS writes included."""
     x, y = corpus.validation()
     mine = list(world.share(len(x)))
     # Under FSDP2 processes must run the model equally often: who has a row less takes one that does not count.
     idle = [0] * (math.ceil(len(x) / world.size) - len(mine))
     x, y = x[mine + idle].to(world.device), y[mine + idle].to(world.device)
     y[len(mine) :] = -100
-    total, few = 0.0, at_once(config, world)
+    found: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))  # by name, a sum and of how many
+    few, task = at_once(config, world), corpus.task
     with torch.no_grad():
         for i, (xs, ys) in enumerate(zip(x.split(few), y.split(few))):
             bar.set_postfix_str(f"validating, {i * few} of {len(x)} rows")
-            total += model.observe(xs, ys, reduction="none")[0].double().sum().item()
-    total, count = world.sum(total, (y != -100).sum().item())
-    return total / count
+            losses, _, *logits = model.observe(xs, ys, reduction="none", logits=task is not None)
+            found["loss"] += losses.double().sum().item(), (ys != -100).sum().item()
+            for name, right_of_asked in task.counts(logits[0].argmax(-1), ys).items() if task else ():
+                found[name] += right_of_asked
+    sums = world.sum(*np.ravel([*found.values()]))
+    found = dict(zip(found, zip(sums[::2], sums[1::2])))
+    total, count = found.pop("loss")
+    if not task:
+        return {"val_loss": total / count, "val_bpb": total / count * corpus.bits}
+    parts = tasks.percent(found)
+    row = {"val_loss": total / count, "val_accuracy": parts.pop("accuracy")}
+    return row | ({"val_parts": parts} if parts else {})
 
 
 def find_gradients(model: Hope, x: Tensor, y: Tensor, config: TrainConfig, world: World) -> float:
@@ -826,13 +855,19 @@ def present_rate(recent: deque[tuple[float, float]], begun: float) -> float:
     return len(recent) / sum(seconds for _, seconds in recent)
 
 
-def show(bar: tqdm, row: dict, bits: float) -> None:
+def outcome(row: dict) -> str:
+    """What a validation found."""
+    return f"{row['val_bpb']:.3f} bits per byte" if "val_bpb" in row else f"{row['val_accuracy']:.1f}% right"
+
+
+def show(bar: tqdm, row: dict, corpus: Corpus) -> None:
     """A row of the log on the progress bar; what is to stay, a validation or a skipped step, on a line of its own."""
-    text = f"loss {(row['loss'] or math.nan) * bits:.2f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
+    loss = (row["loss"] or math.nan) * corpus.bits
+    text = f"loss {loss:.2f} bits per {corpus.unit}, {row['tokens_per_s']:,.0f} tokens/s"
     if "skipped" in row:
         bar.write(f"step {row['step']:>5}: skipped, {row['skipped']}")
-    if "val_bpb" in row:
-        bar.write(f"step {row['step']:>5}: {text}, validation {row['val_bpb']:.3f} bits/byte")
+    if "val_loss" in row:
+        bar.write(f"step {row['step']:>5}: {text}, validation {outcome(row)}")
     bar.set_postfix_str(text, refresh=False)
     bar.update()
 
@@ -877,8 +912,8 @@ def train(config: TrainConfig, model_config: HopeConfig) -> int:
 
 
 def result(run: Run) -> str:
-    last = next((row for row in reversed(run.log()) if "val_bpb" in row), None)
-    found = f"{last['val_bpb']:.3f} bits per byte after {last['step']} steps" if last else "none in the log"
+    last = next((row for row in reversed(run.log()) if "val_loss" in row), None)
+    found = f"{outcome(last)} after {last['step']} steps" if last else "none in the log"
     return f"validation: {found}\nloss curve: {run.path}/loss.png"
 
 
@@ -890,16 +925,19 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     # Unprepared data is prepared by the first process to lock it, and the others wait.
     corpus = world.together(lambda: Corpus.open(config))
     tokenizer = corpus.tokenizer
-    if not config.init_from:  # whose table of embeddings may be longer than its vocabulary
-        model_config = replace(model_config, vocab_size=tokenizer.vocab_size)
-    stored = to_json(config, model_config, {"data_sha256": corpus.sha256, "tokenizer_sha256": tokenizer.sha256})
+    vocab_size = max(
+        corpus.vocab_size, model_config.vocab_size if config.init_from else 0
+    )  # of embeddings that are there
+    model_config = replace(model_config, vocab_size=vocab_size)
+    hashes = {"data_sha256": corpus.sha256, "tokenizer_sha256": tokenizer and tokenizer.sha256}
+    stored = to_json(config, model_config, hashes)
     torch.manual_seed(config.seed)
     model = Hope(model_config).to(world.device)
     if config.init_from:
         world.together(lambda: init_from(model, tokenizer, Path(config.init_from)))
     if longer := world.first(lambda: run.open(stored)):
         say(longer)
-    world.first(lambda: tokenizer.save(run.path))
+    world.first(lambda: tokenizer and tokenizer.save(run.path))
     model.recompute = config.recompute
     distribute(model, config, world)
     if config.compile:
@@ -920,7 +958,6 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
         f"\n{title}\n{corpus}, on {on}\n\n{hope.levels(model, [o for o in optimizers if not isinstance(o, optim.EMA)])}\n"
     )
 
-    bits = corpus.tokens_per_byte / math.log(2)  # of nats per token, in bits per byte
     peak, inner = world.size * peak_flops(config, world.device), size - model.embed.weight.numel()
     if world.rank == 0:
         run.track = make_tracker(config, start)
@@ -952,13 +989,12 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
             diverged, last = state["skips_in_a_row"] >= config.max_skips, step == config.steps
             if not diverged and (step % config.eval_every == 0 or last):
                 with averaged(optimizers), gathered(model), computing_in(config, world):
-                    row["val_loss"] = validate(model, corpus, config, world, bar)
-                    row["val_bpb"] = row["val_loss"] * bits
+                    row |= validate(model, corpus, config, world, bar)
                     few = min(4, at_once(config, world))
                     row |= memory_numbers(model, *(z[:few].to(world.device) for z in corpus.validation()))
             if world.rank == 0:
                 run.append(row)
-                show(bar, row, bits)
+                show(bar, row, corpus)
             if diverged:
                 run.wait(world)
                 batch = f"the batch is that of step {step} and seed {config.seed}"
@@ -971,7 +1007,7 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
                 tensors = tensors_of(model, optimizers) | {"rng": torch.get_rng_state()}
                 run.save(state, tensors, config, world)
             if world.rank == 0 and ("val_loss" in row or stop):
-                run.plot(title, bits)
+                run.plot(title, corpus.bits, corpus.unit)
             if stop:
                 break
         run.wait(world)
@@ -981,8 +1017,8 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     if world.rank == 0:
         print(f"\n{result(run)}\n\nA sample:\n")
     with averaged(optimizers), gathered(model), computing_in(config, world):
-        world.first(lambda: print(sample_text(model, tokenizer, Command(), config.seed)))
-    say(f'\nMore: python train.py --sample {run.path} --prompt "The "')
+        world.first(lambda: print(sample(model, tokenizer, config, Command(), config.seed)))
+    say(f"\nMore: python train.py --sample {run.path} " + ("--seed 1" if corpus.task else '--prompt "The "'))
     return 0
 
 
@@ -1073,6 +1109,8 @@ def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: to
 
 def foreseen_vocabulary(config: TrainConfig) -> int:
     """How many kinds of tokens a run will have; of those that train:N will learn, the most."""
+    if task := task_of(config.data):
+        return task.vocab_size
     name, folder = config.tokenizer_name, Path(config.data)
     if (folder / "manifest.json").is_file():
         return prepare(config)[2].vocab_size
@@ -1129,6 +1167,20 @@ def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> Non
 # ---- Sampling and export ----
 
 
+def sample(model: Hope, tokenizer: Tokenizer | None, config: TrainConfig, how: Command, seed: int) -> str:
+    """What a model of a run writes, or of a task, what it answers."""
+    task = task_of(config.data)
+    return sample_answers(model, task, seed) if task else sample_text(model, tokenizer, how, seed)
+
+
+@torch.no_grad()
+def sample_answers(model: Hope, task: tasks.Task, seed: int, most: int = 256) -> str:
+    """The end of a test row, with the model's answers in brackets."""
+    tokens, targets = (z.to(model.embed.weight.device) for z in task.rows("test", seed, 0, 1))
+    answers = model.observe(tokens, targets, reduction="none", logits=True)[2].argmax(-1)
+    return task.show(*(z[0, -most:] for z in (tokens, targets, answers)))
+
+
 def drawing(how: Command) -> dict[str, Any]:
     return dict(temperature=how.temperature, top_k=how.top_k or None, top_p=how.top_p)
 
@@ -1146,11 +1198,14 @@ def sample_text(model: Hope, tokenizer: Tokenizer, how: Command, seed: int) -> s
     return chat.printable(text)
 
 
-def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer, dict]:
+def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer | None, dict]:
     """Settings, model (its averaged weights, if it has some) and tokenizer of the run or export at `path`, and what it is.
 
-    It may also be the folder of a pre-trained model of transformers.
+    A run's newest checkpoint, unless `path` is that of another one. A run on a task has no tokenizer. It may also be the
+    folder of a pre-trained model of transformers.
     """
+    chosen = path if path.parent.name == "checkpoints" else None
+    path = chosen.parents[1] if chosen else path
     run = Run(path)
     if theirs := of_transformers(path):
         config = TrainConfig(arch="hope-attention", init_from=str(path))
@@ -1161,7 +1216,8 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
     anew = f"or have it written anew: python train.py --resume {path}"
     if not run.saved() and not exported:
         raise UserError(f"{path} has no checkpoint yet; train first: python train.py --resume {path}")
-    tokenizer = Tokenizer.of(path, sha256["tokenizer_sha256"], f"restore it, {anew}")
+    is_text = not config.data.startswith("task:")
+    tokenizer = Tokenizer.of(path, sha256["tokenizer_sha256"], f"restore it, {anew}") if is_text else None
     world = World(replace(config, device=device or config.device))
     model = Hope(model_config).to(world.device)
     if exported:
@@ -1169,7 +1225,9 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
         return config, model, tokenizer, to_json(config, model_config, sha256)
     average = [optim.EMA(model.parameters(), config.ema)] if config.ema else []
     about = to_json(config, model_config, sha256)
-    state = run.load(run.saved()[-1], about, tensors_of(model, average), world)
+    if chosen and chosen not in run.saved():
+        raise UserError(f"there is no {chosen}; there are: {', '.join(p.name for p in run.saved())}")
+    state = run.load(chosen or run.saved()[-1], about, tensors_of(model, average), world)
     with averaged(average):
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.load_state_dict(weights)
@@ -1210,20 +1268,21 @@ def of_transformers(folder: Path) -> Callable[..., torch.nn.Module] | None:
     return make
 
 
-def init_from(model: Hope, tokenizer: Tokenizer, folder: Path) -> None:
+def init_from(model: Hope, tokenizer: Tokenizer | None, folder: Path) -> None:
     """Take over the weights of an export, or of a pre-trained model of transformers."""
     if theirs := of_transformers(folder):
-        if tokenizer.vocab_size > model.config.vocab_size:
-            here = f"{folder} has embeddings for {model.config.vocab_size:,} tokens, not {tokenizer.vocab_size:,}"
-            raise UserError(f"{here}; take its own tokenizer, which is the default")
-        hope.take_over(model, theirs(weights=True))
+        other, size = theirs(weights=True), model.config.vocab_size
+        if (rows := len(other.get_input_embeddings().weight)) != size:
+            what = f"{folder} has embeddings for {rows:,} kinds of tokens, and the data has {size:,}"
+            raise UserError(f"{what}; leave --tokenizer out, so that its own is taken")
+        hope.take_over(model, other)
         return
     fix = "give a folder that --export made"
     with explained(f"{folder} cannot be used", fix, Exception):
         about = read_signed(folder / "config.json", fix)
         if file_sha256(folder / "model.safetensors") != about["model_sha256"]:
             raise ValueError("model.safetensors was altered")
-        if about["tokenizer_sha256"] != tokenizer.sha256:
+        if about["tokenizer_sha256"] != (tokenizer and tokenizer.sha256):
             raise ValueError("its tokenizer is another one; take its own, which is the default")
         model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
 
@@ -1313,6 +1372,8 @@ def given(args: argparse.Namespace, config: type) -> dict[str, Any]:
 def configs(args: argparse.Namespace) -> tuple[TrainConfig, HopeConfig]:
     """The configs of a run, which are those of --resume, of --init-from or of a preset, changed by what is given."""
     settings, outer, inner = (given(args, config) for config in (TrainConfig, HopeConfig, MemoryConfig))
+    if task := task_of(settings.get("data", "")):
+        settings = {"seq_len": task.length, "batch_size": 32} | settings
     if not (folder := args.resume or args.init_from):
         config = TrainConfig(**settings)
         return config, HopeConfig.preset(config.size, config.arch, **outer, **inner)
@@ -1331,12 +1392,13 @@ def run_command(args: argparse.Namespace) -> int:
         if not command.prompt:
             raise UserError('--prompt is empty; give some text to start from, as in --prompt "The "')
         config, model, tokenizer, _ = trained(Path(command.sample), args.device)
-        print(sample_text(model, tokenizer, command, config.seed if args.seed is None else args.seed))
+        print(sample(model, tokenizer, config, command, config.seed if args.seed is None else args.seed))
     elif command.chat:
-        config, model, tokenizer, about = trained(Path(command.chat), args.device)
+        config, model, tokenizer, _ = trained(Path(command.chat), args.device)
+        if tokenizer is None:
+            raise UserError(f"{command.chat} was trained on {config.data}, which is no text to talk in; see --sample")
         torch.manual_seed(config.seed if args.seed is None else args.seed)
-        size = sum(p.numel() for p in model.parameters())
-        title = f"{command.chat}: {config.arch}, {size:,} parameters"
+        title = f"{command.chat}: {config.arch}, {sum(p.numel() for p in model.parameters()):,} parameters"
         chat.talk(model, tokenizer, title, max_new_tokens=command.max_new_tokens, **drawing(command))
     elif command.export:
         export(Path(command.export), args.device)

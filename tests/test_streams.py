@@ -33,6 +33,19 @@ def test_a_state_survives_saving(model, tmp_path, seen):
     assert_states_equal(loaded_end, end)
 
 
+@pytest.mark.parametrize("how", [{}, {"backward": True}, {"backward": True, "truncate": True}])
+def test_observe_returns_the_logits_that_it_scored(model, how):
+    """Over writes of the CMS, and in a stream that begins within a segment."""
+    x, y = tokens(2, 27), tokens(2, 27, seed=1)
+    _, state = model.observe(x[:, :4], y[:, :4])
+    losses, end, logits = model.observe(x, y, state, reduction="none", logits=True, **how)
+    torch.testing.assert_close(hope.token_loss(logits, y), losses, check_dtype=False)
+    expected, expected_end = model.observe(x, y, state, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    assert_states_equal(end, expected_end)
+    assert model.observe(x[:, :1], logits=True)[2].shape == (2, 0, 11)
+
+
 def test_a_state_is_loaded_by_the_weights_that_made_it_only(model, tmp_path):
     path = tmp_path / "state"
     _, state = model.observe(tokens(2, 9))
@@ -432,9 +445,9 @@ def two_passes(model, x, y, **how):
 
     def apart(self, segment, before, cms, t, lesson):
         plain = replace(lesson, truncate=False)
-        losses, memories, new = learn(self, segment, before, cms, t, plain)  # by autograd.grad
-        lesson.backward(losses)
-        return losses, memories, new
+        found = learn(self, segment, before, cms, t, plain)  # by autograd.grad
+        lesson.backward(found[0])  # the losses
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hope.Hope, "_learn", apart)
