@@ -9,7 +9,9 @@ import torch
 from conftest import assert_states_equal, random_model, small_config
 
 import demo
+import evaluation
 import hope
+import train
 from data import Tokenizer, UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -143,3 +145,16 @@ def test_without_gradio_one_line_says_what_to_install(model, monkeypatch):
         UserError, match=r'needs gradio, which is missing; run: pip install "nested-learning-hope\[demo\]"'
     ):
         demo.launch(model, Tokenizer())
+
+
+def test_evaluation_serves_the_page_of_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    small = "--d-model 16 --n-head 2 --n-layer 1 --cms 16,inf --seq-len 32 --steps 1 --data text.txt --out mine".split()
+    assert train.main(small) == 0
+    served = []
+    monkeypatch.setattr(demo, "launch", lambda *given: served.append(given))
+    assert evaluation.main(["mine", "--demo"]) == 0
+    [(model, tokenizer, title)] = served
+    assert isinstance(model, hope.Hope) and title.startswith("mine: hope tiny, ")
+    assert demo.read(model, tokenizer, demo.Session(), TEXT, []).readings[0].per_byte > 0
