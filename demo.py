@@ -27,9 +27,9 @@ TEXT = """The memory reads what the memory wrote. A word that comes once is a su
 A word that comes again is less of one: Ozymandias, Ozymandias, Ozymandias.
 Whoever reads this twice knows how it ends: with a blue door in Antwerp."""
 CSS = """
-.tokens { background: #fff; color: #111; font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap;
+.tokens { background: #fff; font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap;
           overflow-wrap: anywhere; padding: 1em; border: 1px solid #ddd; max-height: 60vh; overflow-y: auto }
-.tokens span { border-radius: 2px; padding: 2px 0 }
+.tokens, .tokens span { color: #111 !important; border-radius: 2px }
 .readings { width: 100%; font-size: 14px }
 .readings, .readings tr, .readings th, .readings td { border: none !important }
 .readings th, .readings td { text-align: left; padding: 4px 9px 4px 0 !important; border-bottom: 1px solid #ccc !important }

@@ -98,7 +98,7 @@ def page(model):
     address = demo.launch(model, Tokenizer(), "a model", wait=False)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="dark")
         page.asked, page.complaints, page.address = [], [], address
         page.on("request", lambda request: page.asked.append(request.url))
         page.on("console", lambda m: page.complaints.append(m.text) if m.type == "error" else None)
@@ -120,6 +120,8 @@ def test_a_visitor_reads_twice_sees_what_was_learnt_and_samples(page):
         page.locator(".readings tr").nth(n).wait_for(timeout=60_000)
     assert page.locator(".tokens").inner_text().replace("↵", "") == TEXT
     assert page.locator(".tokens span").first.get_attribute("title").endswith(" bits")
+    shown = page.locator(".tokens span").first.evaluate("e => getComputedStyle(e).color")
+    assert shown == "rgb(17, 17, 17)"  # on white, also where the browser asks for a dark page
     page.get_by_label("learnt", exact=False).check()
     page.locator(".tokens span[title$=less]").first.wait_for()
     page.get_by_label("CMS, every 6 tokens").uncheck()
