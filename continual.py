@@ -158,13 +158,14 @@ class Learner:
 
     def loss(self, examples: list[Labelled]) -> Tensor:
         """Nats a token of the answers."""
-        losses = []
-        for example in examples:
-            question, answer = self.tokens(*example)
-            tokens = self.asked.tensor([question + answer])
-            logits, _ = self.model(tokens[:, :-1])
-            losses.append(hope.token_loss(logits[:, len(question) - 1 :], tokens[:, len(question) :])[0])
-        return torch.cat(losses).mean()
+        pairs = [self.tokens(*example) for example in examples]
+        longest = max(len(question) + len(answer) for question, answer in pairs)
+        tokens, targets = np.zeros((len(pairs), longest - 1), np.int64), np.full((len(pairs), longest - 1), -100)
+        for row, (question, answer) in enumerate(pairs):
+            tokens[row, : len(question) + len(answer) - 1] = [*question, *answer[:-1]]
+            targets[row, len(question) - 1 : len(question) + len(answer) - 1] = answer
+        tokens, targets = self.asked.tensor(tokens), self.asked.tensor(targets)
+        return hope.token_loss(self.model(tokens)[0], targets).sum() / (targets != -100).sum()
 
     @torch.enable_grad()
     def step(self, examples: list[Labelled]) -> None:

@@ -300,16 +300,16 @@ def test_continual_learning_has_every_method(run, copy_of, capsys):
 
 def test_fine_tuning_learns_a_stage_and_forgets_it_and_ewc_holds_on(subject):
     """Weights move; with a large penalty they stay nearer to where they were after the first stage."""
-    o = continual.DEFAULTS | {"shots": 24, "tests": 8, "lr": 3e-3, "ewc": 1e6}
+    o = continual.DEFAULTS | {"shots": 16, "tests": 8, "lr": 1e-2, "ewc": 1e6}
     make_reader = lambda model, context: reader(replace(subject, model=model))
     stages, apart = continual.make_stages(o, 0), {}
     before = [p.clone() for p in subject.model.parameters()]
     for method in ("fine-tuning", "EWC"):
-        learner = continual.Learner(method, subject, make_reader, 0, o, 4)
+        learner = continual.Learner(method, subject, make_reader, 0, o, 6)
         learner.meet(stages[0].train, learner.asked)
         first = [p.detach().clone() for p in learner.model.parameters()]
         labels = sorted({label for _, label in stages[0].train})
-        assert learner.accuracy(stages[0].train, labels) > 60
+        assert learner.accuracy(stages[0].train, labels) > 75
         learner.meet(stages[1].train, learner.asked)
         apart[method] = sum((a - b).norm() for a, b in zip(first, learner.model.parameters())).item()
     assert apart["EWC"] < 0.8 * apart["fine-tuning"]
