@@ -71,7 +71,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> HopeOutput:  # fmt: skip
         """input_ids: (b, t) tokens that follow `state`; labels as everywhere in transformers, shifted here."""
         if attention_mask is not None and not attention_mask.all():
-            raise ValueError("Hope reads no padding; give prompts of one length, or a list of prompts to hope.generate")
+            raise ValueError("Hope reads no padding; give prompts of one length at a time")
         if memorize and input_ids.shape[1] > 1:
             if labels is not None:
                 raise ValueError("memorize=True yields no loss; leave labels out, or call hope.observe")

@@ -6,7 +6,6 @@
     python train.py --data task:mqar,pairs=8           one of the paper's synthetic tasks, see tasks.py
     python train.py --sample runs/tiny --prompt "The " continue a prompt with a trained model
     python train.py --chat runs/tiny                   talk to it, and have it read your files
-    python train.py --resume runs/tiny                 go on with a run that was stopped
     torchrun --nproc_per_node=8 train.py --size 760m   eight GPUs; --nodes for more than one machine
 
 In this file, in this order:
@@ -122,8 +121,8 @@ class TrainConfig:
     text_field: str = setting("text", "field of a jsonl file, parquet file or data set that holds the text")
     tokenizer: str = setting(
         "",
-        "bytes; train:N for N byte pairs learnt from the data; a tiktoken encoding such as gpt2; a .tiktoken file; or a "
-        "folder that AutoTokenizer loads; default: bytes for size tiny, else train:32000",
+        "bytes; train:N, N byte pairs learnt from the data; a name that tiktoken knows, as gpt2; a .tiktoken file; a folder "
+        "with a tokenizer.json; default: bytes for tiny, else train:32000",
     )
     held_out: float = setting(
         0.0, "part of the documents that is held out; 0: a tenth, less of the named data sets", least=0, below=1
@@ -131,9 +130,7 @@ class TrainConfig:
     reset_at_documents: bool = setting(False, "a row holds one document, or a part: memories see no other one")
     data_dir: str = setting("data", "where prepared data is kept")
     verify_data: bool = setting(False, "compare the hashes of prepared data, not only names and sizes")
-    out: str = setting(
-        "", "run directory; default: runs/SIZE or runs/TASK, and -ARCH for other architectures than hope"
-    )
+    out: str = setting("", "run directory; default: runs/SIZE or runs/TASK, and -ARCH if that is not hope")
     steps: int = setting(200, "optimizer steps", least=1)
     batch_size: int = setting(2, "sequences a step; of a task 32, if it is not given", least=1)
     seq_len: int = setting(512, "tokens of a sequence; a task has its own", least=1)
@@ -212,9 +209,7 @@ class Command:
     prepare: bool = setting(False, "prepare the data for such a run, and stop")
     sample: str = setting("", "print a sample from the run or the export in this directory")
     chat: str = setting("", "talk to the run or the export in this directory; it learns from what it reads")
-    export: str = setting(
-        "", "write the weights of the run in directory DIR to DIR/export, for --init-from and for transformers"
-    )
+    export: str = setting("", "write the weights of the run in directory DIR to DIR/export, for transformers too")
     plan: bool = setting(False, "print memory, operations and days that a run takes; starts none")
     gpus: int = setting(1, "plan: how many GPUs", least=1)
     tokens: float = setting(0.0, "plan: tokens to train on; 0: those of --steps", least=0, below=INF)
@@ -1291,8 +1286,8 @@ def init_from(model: Hope, tokenizer: Tokenizer | None, folder: Path) -> None:
 
 # What --help shows; --help-all shows everything.
 EVERYDAY = (
-    "resume", "prepare", "sample", "chat", "export", "plan", "gpus", "prompt", "size", "arch", "data", "tokenizer", "out",
-    "steps", "batch_size", "seq_len", "optimizer", "lr", "seed", "device", "compile",
+    "resume", "prepare", "sample", "chat", "export", "plan", "prompt", "size", "arch", "data", "tokenizer", "out",
+    "steps", "batch_size", "seq_len", "optimizer", "lr", "seed", "device",
 )  # fmt: skip
 
 
