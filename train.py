@@ -121,8 +121,8 @@ class TrainConfig:
     text_field: str = setting("text", "field of a jsonl file, parquet file or data set that holds the text")
     tokenizer: str = setting(
         "",
-        "bytes; train:N, N byte pairs learnt from the data; a name that tiktoken knows, as gpt2; a .tiktoken file; a folder "
-        "with a tokenizer.json; default: bytes for tiny, else train:32000",
+        "bytes; train:N, N byte pairs of the data; gpt2 or another of tiktoken's; a .tiktoken file; a folder with a "
+        "tokenizer.json; default: bytes for tiny, else train:32000",
     )
     held_out: float = setting(
         0.0, "part of the documents that is held out; 0: a tenth, less of the named data sets", least=0, below=1
