@@ -191,7 +191,7 @@ def test_a_tokenizer_that_cannot_be_had_is_named_with_what_can_be(monkeypatch):
             "gpt2",
             "must be downloaded once, and that failed (ConnectionError: no network); connect to the network, or use bytes",
         ),
-        ("gpt5", "no such tokenizer; allowed: bytes, train:N, a .tiktoken file, gpt2"),
+        ("gpt5", "no such tokenizer; allowed: bytes, train:N, a .tiktoken file, a folder with a tokenizer.json, gpt2"),
         ("train:many", "a number of tokens from 257, as in train:32000"),
         ("train:256", "a number of tokens from 257"),
         ("nowhere.tiktoken", "cannot be used (No such file"),
