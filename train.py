@@ -110,9 +110,9 @@ class TrainConfig:
     arch: Literal[tuple(HopeConfig.ARCHS)] = setting("hope", "architecture")
     data: str = setting(
         "pydoc",
-        "pydoc (the text that ships with Python); fineweb-edu, wikitext-103, tinystories; hf:NAME for any data set of "
-        "the Hugging Face hub; files and patterns, separated by commas: text in UTF-8, .jsonl, .parquet, also .gz and "
-        ".zst; a folder that --prepare made; or task:NAME,OPTION=VALUE,... for a task of tasks.py",
+        "pydoc, shipped with Python; fineweb-edu, wikitext-103, tinystories; hf:NAME from the hub; files "
+        "and patterns with commas between: UTF-8, .jsonl, .parquet, .gz, .zst; what --prepare made; "
+        "task:NAME,OPTION=VALUE,... of tasks.py",
     )
     data_config: str = setting("", "config of a data set of the hub, where it has several")
     data_split: str = setting("train", "split of a data set of the hub")
@@ -128,9 +128,7 @@ class TrainConfig:
     reset_at_documents: bool = setting(False, "a row holds one document, or a part: memories see no other one")
     data_dir: str = setting("data", "where prepared data is kept")
     verify_data: bool = setting(False, "compare the hashes of prepared data, not only names and sizes")
-    out: str = setting(
-        "", "run directory; default: runs/SIZE or runs/TASK, and -ARCH for other architectures than hope"
-    )
+    out: str = setting("", "run directory; default: runs/SIZE or runs/TASK, and -ARCH unless that is hope")
     steps: int = setting(200, "optimizer steps", least=1)
     batch_size: int = setting(2, "sequences a step; of a task 32, if it is not given", least=1)
     seq_len: int = setting(512, "tokens of a sequence; a task has its own", least=1)
