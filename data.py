@@ -83,7 +83,8 @@ def extra(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as e:
         name = module.split(".")[0]
-        install = name if name in ("tensorboard", "trackio", "wandb") else '"nested-learning-hope[data]"'
+        ours = {"gradio": "demo", "transformers": "pretrained"}.get(name, "data")
+        install = name if name in ("tensorboard", "trackio", "wandb") else f'"nested-learning-hope[{ours}]"'
         raise UserError(f"{what} needs {name}, which is missing; run: pip install {install}") from e
 
 
@@ -253,10 +254,9 @@ class Tokenizer:
     @staticmethod
     def of(folder: Path, sha256: str | None, fix: str) -> Tokenizer:
         """The tokenizer that was saved in a folder, and has this hash; `fix` says what to do if it is another one."""
-        path = folder / "tokenizer.tiktoken"
-        tokenizer = Tokenizer.load(path) if path.exists() else Tokenizer()
+        tokenizer = make_tokenizer(tokenizer_in(folder), tuple)
         if tokenizer.sha256 != sha256:
-            raise UserError(f"{path} is missing or was altered; {fix}")
+            raise UserError(f"{folder / 'tokenizer.tiktoken'} is missing or was altered; {fix}")
         return tokenizer
 
     @staticmethod
@@ -279,6 +279,59 @@ class Tokenizer:
         return tokenizer
 
 
+class PretrainedTokenizer(Tokenizer):
+    """A tokenizer of transformers, `hf`. Its end of text is `eot`; it may have a chat template."""
+
+    def __init__(self, hf: Any):
+        backend, self.hf = json.loads(hf.backend_tokenizer.to_str()), hf
+        if hf.eos_token_id is None:
+            raise ValueError("it has no token for the end of a text")
+        self.ranks, self.eot, self.vocab_size = {}, self.hf.eos_token_id, len(self.hf)
+        self.identity = [backend["model"], backend["pre_tokenizer"], self.hf.chat_template]
+        self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        names = self.hf.convert_ids_to_tokens(range(self.vocab_size))
+        if "ByteLevel" not in json.dumps(backend["decoder"]):  # else a letter stands for a byte
+            names = ["." if re.fullmatch("<0x..>", n) else n.replace("\u2581", " ").encode() for n in names]
+        self.lengths = np.array([0 if i in self.hf.all_special_ids else len(n) for i, n in enumerate(names)])
+
+    @cached_property
+    def sha256(self) -> str:
+        return fingerprint(self.identity)
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        whole = [text.encode(errors="replace").decode() for text in texts]
+        found = self.hf.backend_tokenizer.encode_batch(whole, add_special_tokens=False)
+        return [np.array(one.ids, self.dtype) for one in found]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.hf.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def save(self, folder: Path) -> None:
+        self.hf.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        write_atomically(path, json.dumps(json.loads(path.read_text()) | {"name_or_path": ""}) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> PretrainedTokenizer:
+        """From a folder; no code in it is run."""
+        transformers = extra("transformers", f"the tokenizer in {path}")
+        transformers.logging.set_verbosity_error()  # of a config.json that it does not know, such as a run's
+        with explained(f"the tokenizer in {path} cannot be used", "give a folder that AutoTokenizer loads", Exception):
+            how = dict(local_files_only=True, trust_remote_code=False)
+            return PretrainedTokenizer(transformers.AutoTokenizer.from_pretrained(str(path), **how))
+
+
+def tokenizer_in(folder: Path) -> str:
+    """What --tokenizer is to be for the tokenizer that was saved in a folder."""
+    own, settings = folder / "tokenizer.tiktoken", folder / "tokenizer_config.json"
+    if own.exists():
+        return str(own)
+    if not settings.exists():
+        return "bytes"
+    with explained(f"{settings} cannot be used", "restore it"):
+        return "bytes" if "pattern" in json.loads(settings.read_text()) else str(folder)
+
+
 def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """The tokenizer that --tokenizer names; `texts` are what train:N learns from."""
     if name == "bytes":
@@ -287,9 +340,11 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         return Tokenizer.learn(asked_size(name), texts())
     if name.endswith(".tiktoken"):
         return Tokenizer.load(Path(name))
+    if Path(name).is_dir():
+        return PretrainedTokenizer.load(Path(name))
     tiktoken = extra("tiktoken", f"--tokenizer {name}")
     if name not in (known := tiktoken.list_encoding_names()):
-        allowed = f"bytes, train:N, a .tiktoken file, {', '.join(known)}"
+        allowed = f"bytes, train:N, a .tiktoken file, a folder with a tokenizer.json, {', '.join(known)}"
         raise UserError(f"--tokenizer {name}: no such tokenizer; allowed: {allowed}")
     fix = "connect to the network, or use bytes, train:N or a .tiktoken file"
     with explained(f"--tokenizer {name} must be downloaded once, and that failed", fix, OSError):
@@ -506,8 +561,8 @@ def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
     if not (folder / "manifest.json").is_file():
         source, name = Source(config), config.tokenizer_name
         identity = source.identity | {"tokenizer": name}
-        if name.endswith(".tiktoken"):
-            identity["tokenizer_file"] = Tokenizer.load(Path(name)).sha256
+        if name.endswith(".tiktoken") or Path(name).is_dir():
+            identity["tokenizer_file"] = make_tokenizer(name, tuple).sha256
         label = "-".join(Path(part).name for part in (*config.data.split(","), name))
         label = "-".join(re.findall(r"[\w.]+", label))[:60].strip(".")
         folder = Path(config.data_dir) / f"{label}-{fingerprint(identity)[:8]}"

@@ -22,6 +22,7 @@ What to know before reading:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import operator
@@ -37,6 +38,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -400,6 +403,15 @@ def check_state(model: Hope, state: HopeState, b: int) -> None:
             require(one == other, f"block {i} of the state has the parts {one} and the model's {other}; {anew}")
 
 
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all weights."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        found.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        found.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 @dataclass
 class Weights:
     """One group of n memories in mid-stream: per layer, tensors (b, h, n, o, i)."""
@@ -485,16 +497,50 @@ class HopeState:
         """The state of these sequences of the batch, in this order; a row may be taken more than once, to branch."""
         return map_state(lambda z: z[rows], self)
 
-    def save(self, path: Any) -> None:
-        """Write the state to a file."""
-        torch.save(map_state(lambda z: z.detach().cpu().clone(), self), path)
+    def save(self, path: str | Path, model: nn.Module | None = None) -> None:
+        """Write the state to a safetensors file; with `model`, also a fingerprint of the weights that it belongs to."""
+        tensors: dict[str, Tensor] = {}
+
+        def describe(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                name = str(len(tensors))
+                tensors[name] = part.detach().cpu().clone(memory_format=torch.contiguous_format)
+                return {"tensor": name}
+            if is_dataclass(part):
+                return {"class": type(part).__name__} | {f.name: describe(getattr(part, f.name)) for f in fields(part)}
+            return [describe(one) for one in part] if isinstance(part, (list, tuple)) else part
+
+        state = json.dumps(describe(self))
+        save_file(tensors, path, {"state": state, "model": "" if model is None else fingerprint(model)})
 
     @staticmethod
-    def load(path: Any) -> HopeState:
-        """A state that `save` wrote. Only tensors and the classes of states are read, no other code can run."""
-        classes = [HopeState, MemoryState, AttentionState, Weights, FastMLP, Segment]
-        with torch.serialization.safe_globals(classes):
-            return torch.load(path, weights_only=True)
+    def load(path: str | Path, model: Hope | None = None) -> HopeState:
+        """A state that `save` wrote; nothing is unpickled. With `model`, on its device and checked to be one of its.
+
+        ValueError for any other file, and for a state of another model or of other weights.
+        """
+        classes = {c.__name__: c for c in (HopeState, MemoryState, AttentionState, Weights, FastMLP, Segment)}
+        device = "cpu" if model is None else str(model.embed.weight.device)
+
+        def build(part: Any) -> Any:
+            if isinstance(part, list):
+                return [build(one) for one in part]
+            if not isinstance(part, dict):
+                return part
+            if "tensor" in part:
+                return file.get_tensor(part["tensor"])
+            return classes[part["class"]](**{name: build(one) for name, one in part.items() if name != "class"})
+
+        try:
+            with safe_open(path, "pt", device=device) as file:
+                about = file.metadata() or {}
+                state, rows = build(json.loads(about["state"])), len(file.get_tensor("0"))
+            if model is not None:
+                check_state(model, state, rows)
+                require(about["model"] in ("", fingerprint(model)), "it was saved with a model of other weights")
+        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as e:
+            raise ValueError(f"{path} is not a state of this model ({e}); give a file that HopeState.save made") from e
+        return state
 
 
 # ---- Memories ----
@@ -706,8 +752,6 @@ class Memory(SequenceLayer):
         ):
             if present:
                 self.gates[name] = Gate(h, c.d_head, bias) if name in c.adaptive else StaticGate(d, h, bias)
-        if c.decay == "fixed":
-            self.register_buffer("fixed_alpha", 1 - 2.0 ** -(5 + torch.arange(h)).view(h, 1), persistent=False)
         self.start = nn.ParameterDict()
         self.parts = ["proj", "main"] if self.adaptive else ["main"]
         for part in self.parts:
@@ -793,8 +837,10 @@ class Memory(SequenceLayer):
         ones = some.new_ones(some.shape[:3])
         if c.step == "one":
             streams["eta"] = ones
-        if c.decay != "gate":
-            streams["alpha"] = ones * self.fixed_alpha.to(ones) if c.decay == "fixed" else ones
+        if c.decay == "none":
+            streams["alpha"] = ones
+        elif c.decay == "fixed":  # RetNet's
+            streams["alpha"] = ones * (1 - 2.0 ** -(5 + torch.arange(c.n_head, device=x.device)))[:, None]
         return streams
 
     def _scan(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
@@ -1361,6 +1407,18 @@ class Hope(nn.Module):
         found = (losses[:, before:], memories, new, logits[:, before:])
         return found if keep_graph else map_state(Tensor.detach, found)
 
+    @outside_inference_mode
+    def restart(self, state: HopeState, levels: Sequence[int] | None = None, surprise: float = 0.0) -> HopeState:
+        """The state in front of another text: memories as before the first token, the CMS with what it has learnt.
+
+        The clock goes on, and an open chunk counts; levels, surprise: how it was observed.
+        """
+        sizes: list[int] = []
+        map_state(lambda z: sizes.append(len(z)) or z, state.memories)
+        check_state(self, state, sizes[0])
+        state = self._bank(state, Lesson(levels, surprise))
+        return replace(state, memories=self.init_state(sizes[0]).memories, pending=None)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def stream(
@@ -1471,8 +1529,6 @@ def load(folder: str | Path) -> Hope:
     require(found, f"{given}; give one that train.py made, such as runs/tiny")
     model = Hope(HopeConfig.from_dict(json.loads((folder / "config.json").read_text())["model"])).eval()
     if exported.exists():
-        from safetensors.torch import load_file
-
         model.load_state_dict(load_file(exported))
         return model
     from torch.distributed.checkpoint import HuggingFaceStorageReader  # takes a second
@@ -1556,22 +1612,33 @@ def from_pretrained(
         except ImportError:
             raise ImportError('transformers is missing; run: pip install "nested-learning-hope[pretrained]"') from None
         model = AutoModelForCausalLM.from_pretrained(model_or_path, **extra)
+    return take_over(Hope(pretrained_config(model, cms, cms_rate, **overrides)), model)
+
+
+def pretrained_config(
+    model: nn.Module, cms: Sequence[float] = (64,), cms_rate: Sequence[float] = (0.01,), **overrides: Any
+) -> HopeConfig:
+    """Of what `from_pretrained` makes of a model of transformers, which may be on the meta device."""
     kind = type(model).__name__
     require(kind in FAMILIES, f"cannot take over a {kind}; allowed: {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    settings = pretrained_settings(model, family)
+    settings = pretrained_settings(model, FAMILIES[kind])
     fixed = set(overrides) & set(settings)
     require(not fixed, f"the checkpoint fixes {', '.join(sorted(fixed))}; leave out what is fixed")
-    new = Hope(HopeConfig.preset(cms=tuple(cms), cms_rate=tuple(cms_rate), **settings, **overrides))
-    with torch.no_grad():
-        blocks = [(block, model.get_submodule(family.layers)[i], INNER) for i, block in enumerate(new.blocks)]
-        for ours, theirs, names in [(new, model, OUTER), *blocks]:
-            for name, columns in names.items():
-                if columns[family.column] and (name != "head" or not new.config.tied):
-                    copy_modules(modules_of(ours, name), modules_of(theirs, columns[family.column]))
-        for block in new.blocks:
-            for level in block.cms.levels[1:]:
-                level.w_out.weight.zero_()
+    return HopeConfig.preset(cms=tuple(cms), cms_rate=tuple(cms_rate), **settings, **overrides)
+
+
+@torch.no_grad()
+def take_over(new: Hope, model: nn.Module) -> Hope:
+    """`new`, which has the config of `model`, with its weights."""
+    family = FAMILIES[type(model).__name__]
+    blocks = [(block, model.get_submodule(family.layers)[i], INNER) for i, block in enumerate(new.blocks)]
+    for ours, theirs, names in [(new, model, OUTER), *blocks]:
+        for name, columns in names.items():
+            if columns[family.column] and (name != "head" or not new.config.tied):
+                copy_modules(modules_of(ours, name), modules_of(theirs, columns[family.column]))
+    for block in new.blocks:
+        for level in block.cms.levels[1:]:
+            level.w_out.weight.zero_()
     return new
 
 

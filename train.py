@@ -5,7 +5,7 @@
     python train.py --data my.txt                      your own text: files, patterns, or a data set of the hub
     python train.py --data task:mqar,pairs=8           one of the paper's synthetic tasks, see tasks.py
     python train.py --sample runs/tiny --prompt "The " continue a prompt with a trained model
-    python train.py --resume runs/tiny                 go on with a run that was stopped
+    python train.py --chat runs/tiny                   talk to it, and have it read your files
     torchrun --nproc_per_node=8 train.py --size 760m   eight GPUs; --nodes for more than one machine
 
 In this file, in this order:
@@ -35,7 +35,6 @@ import argparse
 import difflib
 import json
 import math
-import re
 import shutil
 import threading
 import time
@@ -69,7 +68,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+import chat
 import hope
+import hub
 import kernels
 import optim
 import tasks
@@ -88,6 +89,7 @@ from data import (
     reason,
     signed,
     task_of,
+    tokenizer_in,
     write_atomically,
 )  # fmt: skip
 from hope import INF, Hope, HopeConfig, MemoryConfig, check_settings, setting
@@ -119,8 +121,8 @@ class TrainConfig:
     text_field: str = setting("text", "field of a jsonl file, parquet file or data set that holds the text")
     tokenizer: str = setting(
         "",
-        "bytes; train:N for N byte pairs learnt from the data; a tiktoken encoding such as gpt2; or a .tiktoken file; "
-        "default: bytes for size tiny, else train:32000",
+        "bytes; train:N, N byte pairs of the data; gpt2 or another of tiktoken's; a .tiktoken file; a folder with a "
+        "tokenizer.json; default: bytes for tiny, else train:32000",
     )
     held_out: float = setting(
         0.0, "part of the documents that is held out; 0: a tenth, less of the named data sets", least=0, below=1
@@ -146,7 +148,11 @@ class TrainConfig:
     ema: float = setting(
         0.0, "validate and sample with an average of the weights that keeps this part a step; 0: none", least=0, below=1
     )
-    init_from: str = setting("", "a folder that --export made: start with its model's weights, settings and tokenizer")
+    init_from: str = setting(
+        "",
+        "a folder that --export made, or one of a pre-trained Llama, Mistral, Qwen2 or GPT-2 model, whose MLPs then learn in context: "
+        "start with its weights, settings and tokenizer",
+    )
     overfit_one_batch: bool = setting(False, "read the first batch at every step: the loss must fall to almost nothing")
     eval_every: int = setting(50, "steps between two validations", least=1)
     save_every: int = setting(50, "steps between two checkpoints", least=1)
@@ -202,22 +208,25 @@ class Command:
     resume: str = setting("", "go on with the run in this directory, with the settings it was started with")
     prepare: bool = setting(False, "prepare the data for such a run, and stop")
     sample: str = setting("", "print a sample from the run or the export in this directory")
-    export: str = setting("", "write the weights of the run in directory DIR to DIR/export, as safetensors")
+    chat: str = setting("", "talk to the run or the export in this directory; it learns from what it reads")
+    export: str = setting("", "write the weights of the run in directory DIR to DIR/export, for transformers too")
     plan: bool = setting(False, "print memory, operations and days that a run takes; starts none")
     gpus: int = setting(1, "plan: how many GPUs", least=1)
     tokens: float = setting(0.0, "plan: tokens to train on; 0: those of --steps", least=0, below=INF)
     utilisation: float = setting(0.3, "plan: part of the GPUs' peak that is reached, an assumption", above=0, most=1)
     prompt: str = setting("The ", "sample: what it starts with")
-    max_new_tokens: int = setting(300, "sample: its length", least=1)
-    temperature: float = setting(1.0, "sample: 0 takes the likeliest", least=0, below=INF)
-    top_k: int = setting(0, "sample: among so many likeliest tokens only; 0: among all", least=0)
+    max_new_tokens: int = setting(300, "sample, chat: the most that is said at once", least=1)
+    temperature: float = setting(1.0, "sample, chat: 0 takes the likeliest", least=0, below=INF)
+    top_k: int = setting(0, "sample, chat: among so many likeliest tokens only; 0: among all", least=0)
     top_p: float = setting(
-        0.9, "sample: among the likeliest tokens that have this much of the probability", above=0, most=1
+        0.9, "sample, chat: among the likeliest tokens that have this much of the probability", above=0, most=1
     )
 
     def __post_init__(self) -> None:
         check_settings(self)
-        instead = [f"--{name}" for name in ("sample", "export", "resume", "prepare", "plan") if getattr(self, name)]
+        instead = [
+            f"--{name}" for name in ("sample", "chat", "export", "resume", "prepare", "plan") if getattr(self, name)
+        ]
         if len(instead) > 1 and not set(instead) <= {"--resume", "--plan"}:
             raise ValueError(f"{' and '.join(instead)} are different things to do; give one of them")
 
@@ -911,7 +920,10 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     # Unprepared data is prepared by the first process to lock it, and the others wait.
     corpus = world.together(lambda: Corpus.open(config))
     tokenizer = corpus.tokenizer
-    model_config = replace(model_config, vocab_size=corpus.vocab_size)
+    vocab_size = max(
+        corpus.vocab_size, model_config.vocab_size if config.init_from else 0
+    )  # of embeddings that are there
+    model_config = replace(model_config, vocab_size=vocab_size)
     hashes = {"data_sha256": corpus.sha256, "tokenizer_sha256": tokenizer and tokenizer.sha256}
     stored = to_json(config, model_config, hashes)
     torch.manual_seed(config.seed)
@@ -934,7 +946,8 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
         say(f"{run.path}: finished already; {again}\n{result(run)}")
         return 0
     size = sum(p.numel() for p in model.parameters())
-    title = f"{config.arch}, size {config.size}, {size:,} parameters"
+    what = f"from {Path(config.init_from).name}" if config.init_from else f"size {config.size}"
+    title = f"{config.arch}, {what}, {size:,} parameters"
     on = f"{world.size} x {world.device.type}" if world.size > 1 else world.device
     say(
         f"\n{title}\n{corpus}, on {on}\n\n{hope.levels(model, [o for o in optimizers if not isinstance(o, optim.EMA)])}\n"
@@ -1108,7 +1121,8 @@ def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> Non
             f"{on} on {config.nodes} nodes cannot share {config.batch_size} sequences a step evenly; "
             "change --gpus, --nodes or --batch-size"
         )
-    model_config = replace(model_config, vocab_size=foreseen_vocabulary(config))
+    if not config.init_from:
+        model_config = replace(model_config, vocab_size=foreseen_vocabulary(config))
     with torch.device("meta"):
         model = Hope(model_config)
     size = sum(p.numel() for p in model.parameters())
@@ -1162,24 +1176,36 @@ def sample_answers(model: Hope, task: tasks.Task, seed: int, most: int = 256) ->
     return task.show(*(z[0, -most:] for z in (tokens, targets, answers)))
 
 
+def drawing(how: Command) -> dict[str, Any]:
+    return dict(temperature=how.temperature, top_k=how.top_k or None, top_p=how.top_p)
+
+
 def sample_text(model: Hope, tokenizer: Tokenizer, how: Command, seed: int) -> str:
     """The prompt and what the model makes of it, up to the end of the document, control characters as \\x1b."""
     torch.manual_seed(seed)
     tokens = torch.tensor([tokenizer.encode(how.prompt).tolist()], device=model.embed.weight.device)
-    drawn = dict(temperature=how.temperature, top_k=how.top_k or None, top_p=how.top_p, stop=[tokenizer.eot])
+    longest = model.config.n_position or math.inf  # with learnt positions a stream has an end
+    most = int(min(how.max_new_tokens, max(1, longest - tokens.shape[1])))
     fix = "it has diverged: train anew with a smaller --lr, or delete its last checkpoints"
     with explained("this model gives no sample", fix, RuntimeError, ValueError):
-        new = model.generate(tokens, how.max_new_tokens, **drawn)[0].tolist()
+        new = model.generate(tokens, most, stop=[tokenizer.eot], **drawing(how))[0].tolist()
     text = how.prompt + tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new)
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    return chat.printable(text)
 
 
 def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer | None, dict]:
     """Settings, model (its averaged weights, if it has some) and tokenizer of the run or export at `path`, and what it is.
 
-    A run on a task has no tokenizer.
+    A run's newest checkpoint, unless `path` is that of another one. A run on a task has no tokenizer. It may also be the
+    folder of a pre-trained model of transformers.
     """
+    chosen = path if path.parent.name == "checkpoints" else None
+    path = chosen.parents[1] if chosen else path
     run = Run(path)
+    if theirs := of_transformers(path):
+        config = TrainConfig(arch="hope-attention", init_from=str(path))
+        model = hope.from_pretrained(theirs(weights=True)).to(World(replace(config, device=device or "auto")).device)
+        return config, model, make_tokenizer(str(path), tuple), {}
     config, model_config, sha256 = from_json(path / "config.json")
     exported = (path / "model.safetensors").exists()
     anew = f"or have it written anew: python train.py --resume {path}"
@@ -1194,7 +1220,9 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
         return config, model, tokenizer, to_json(config, model_config, sha256)
     average = [optim.EMA(model.parameters(), config.ema)] if config.ema else []
     about = to_json(config, model_config, sha256)
-    state = run.load(run.saved()[-1], about, tensors_of(model, average), world)
+    if chosen and chosen not in run.saved():
+        raise UserError(f"there is no {chosen}; there are: {', '.join(p.name for p in run.saved())}")
+    state = run.load(chosen or run.saved()[-1], about, tensors_of(model, average), world)
     with averaged(average):
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.load_state_dict(weights)
@@ -1202,25 +1230,48 @@ def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenize
 
 
 def export(run: Path, device: str | None) -> None:
-    """Write RUN/export: model.safetensors, config.json and, where there is one, the tokenizer; see --init-from."""
+    """Write RUN/export: weights, settings and tokenizer for --init-from, and what transformers needs; see hub.py."""
     if (run / "model.safetensors").exists():
         raise UserError(f"{run} is an export already; give the run that it was made from")
     _, model, tokenizer, about = trained(run, device)
     target, beside = run / "export", run / ".export"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    write_atomically(beside / "model.safetensors", safetensors.torch.save(weights))
-    if tokenizer:
-        tokenizer.save(beside)
-    about["model_sha256"] = file_sha256(beside / "model.safetensors")
-    write_atomically(beside / "config.json", signed(about))
+    validated = [row for row in Run(run).log() if "val_loss" in row and row["step"] <= about["step"]]
+    hub.write_folder(beside, model, tokenizer, about, validated[-1] if validated else {})
     put_in_place(beside, target)
-    print(f"{target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} parameters")
+    print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters; AutoModelForCausalLM reads it as well")
+
+
+def of_transformers(folder: Path) -> Callable[..., torch.nn.Module] | None:
+    """For a folder with a pre-trained model of transformers, what makes that model, on the meta device without weights."""
+    path = folder / "config.json"
+    with explained(f"{path} cannot be used", "give a folder that --export made, or one of a pre-trained model"):
+        about = json.loads(path.read_text()) if path.exists() else {}
+        if about.get("model_type", "hope") == "hope":
+            return None
+
+    def make(weights: bool = False) -> torch.nn.Module:
+        transformers = extra("transformers", f"the model in {folder}")
+        with explained(f"{folder} cannot be used", "give a folder that AutoModelForCausalLM loads", Exception):
+            auto = transformers.AutoModelForCausalLM
+            if weights:
+                return auto.from_pretrained(str(folder), local_files_only=True)
+            with torch.device("meta"):
+                return auto.from_config(transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True))
+
+    return make
 
 
 def init_from(model: Hope, tokenizer: Tokenizer | None, folder: Path) -> None:
-    """Take over the weights of an export."""
+    """Take over the weights of an export, or of a pre-trained model of transformers."""
+    if theirs := of_transformers(folder):
+        other, size = theirs(weights=True), model.config.vocab_size
+        if (rows := len(other.get_input_embeddings().weight)) != size:
+            what = f"{folder} has embeddings for {rows:,} kinds of tokens, and the data has {size:,}"
+            raise UserError(f"{what}; leave --tokenizer out, so that its own is taken")
+        hope.take_over(model, other)
+        return
     fix = "give a folder that --export made"
     with explained(f"{folder} cannot be used", fix, Exception):
         about = read_signed(folder / "config.json", fix)
@@ -1235,8 +1286,8 @@ def init_from(model: Hope, tokenizer: Tokenizer | None, folder: Path) -> None:
 
 # What --help shows; --help-all shows everything.
 EVERYDAY = (
-    "resume", "prepare", "sample", "export", "plan", "gpus", "prompt", "size", "arch", "data", "tokenizer", "out",
-    "steps", "batch_size", "seq_len", "optimizer", "lr", "seed", "device", "compile",
+    "resume", "prepare", "sample", "chat", "export", "plan", "prompt", "size", "arch", "data", "tokenizer", "out",
+    "steps", "batch_size", "seq_len", "optimizer", "lr", "seed", "device",
 )  # fmt: skip
 
 
@@ -1321,9 +1372,11 @@ def configs(args: argparse.Namespace) -> tuple[TrainConfig, HopeConfig]:
     if not (folder := args.resume or args.init_from):
         config = TrainConfig(**settings)
         return config, HopeConfig.preset(config.size, config.arch, **outer, **inner)
+    if not args.resume and (theirs := of_transformers(Path(folder))):
+        base = {"arch": "hope-attention", "tokenizer": folder, "out": f"runs/{Path(folder).resolve().name}"}
+        return TrainConfig(**base | settings), hope.pretrained_config(theirs(), **outer, **inner)
     config, model, _ = from_json(Path(folder, "config.json"))
-    own = Path(folder, "tokenizer.tiktoken")
-    base = {"size": config.size, "arch": config.arch, "tokenizer": str(own) if own.exists() else "bytes"}
+    base = {"size": config.size, "arch": config.arch, "tokenizer": tokenizer_in(Path(folder))}
     settings = asdict(config) | settings | {"out": folder} if args.resume else base | settings
     return TrainConfig(**settings), replace(model, memory=replace(model.memory, **inner), **outer)
 
@@ -1335,6 +1388,13 @@ def run_command(args: argparse.Namespace) -> int:
             raise UserError('--prompt is empty; give some text to start from, as in --prompt "The "')
         config, model, tokenizer, _ = trained(Path(command.sample), args.device)
         print(sample(model, tokenizer, config, command, config.seed if args.seed is None else args.seed))
+    elif command.chat:
+        config, model, tokenizer, _ = trained(Path(command.chat), args.device)
+        if tokenizer is None:
+            raise UserError(f"{command.chat} was trained on {config.data}, which is no text to talk in; see --sample")
+        torch.manual_seed(config.seed if args.seed is None else args.seed)
+        title = f"{command.chat}: {config.arch}, {sum(p.numel() for p in model.parameters()):,} parameters"
+        chat.talk(model, tokenizer, title, max_new_tokens=command.max_new_tokens, **drawing(command))
     elif command.export:
         export(Path(command.export), args.device)
     elif command.plan:

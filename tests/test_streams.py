@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import assert_states_equal, cut, flat, random_model, small_config, tokens
 
@@ -19,13 +20,15 @@ def model(request):
     return random_model(small_config(request.param))
 
 
-def test_a_state_survives_saving(model, tmp_path):
-    """Also inside a segment and with a token pending."""
+@pytest.mark.parametrize("seen", [0, 9, 12])
+def test_a_state_survives_saving(model, tmp_path, seen):
+    """Also before the first token, inside a segment, and with a token pending."""
     x = tokens(2, 20)
     whole, end = model.observe(x, reduction="none")
-    first, state = model.observe(x[:, :9], reduction="none")
-    state.save(tmp_path / "state")
-    second, loaded_end = model.observe(x[:, 9:], state=hope.HopeState.load(tmp_path / "state"), reduction="none")
+    first, state = model.observe(x[:, :seen], reduction="none")
+    state.save(tmp_path / "state", model)
+    loaded = hope.HopeState.load(tmp_path / "state", model)
+    second, loaded_end = model.observe(x[:, seen:], state=loaded, reduction="none")
     torch.testing.assert_close(torch.cat([first, second], 1), whole)
     assert_states_equal(loaded_end, end)
 
@@ -43,14 +46,33 @@ def test_observe_returns_the_logits_that_it_scored(model, how):
     assert model.observe(x[:, :1], logits=True)[2].shape == (2, 0, 11)
 
 
-def test_loading_a_state_runs_no_code(tmp_path):
+def test_a_state_is_loaded_by_the_weights_that_made_it_only(model, tmp_path):
+    path = tmp_path / "state"
+    _, state = model.observe(tokens(2, 9))
+    state.save(path, model)
+    assert hope.HopeState.load(path).observed == 8
+    with torch.no_grad():
+        model.norm.weight[0] += 1e-6
+    with pytest.raises(ValueError, match=r"is not a state of this model \(it was saved with a model of other"):
+        hope.HopeState.load(path, model)
+    with pytest.raises(ValueError, match="block 0 of the state has the parts|the state has 2 blocks and the model 1"):
+        hope.HopeState.load(path, random_model(small_config("titans", n_layer=1)))
+
+
+def test_loading_a_state_runs_no_code_and_refuses_what_is_none(tmp_path):
     class Bomb:
         def __reduce__(self):
             return print, ("boom",)
 
-    torch.save(Bomb(), tmp_path / "state")
-    with pytest.raises(Exception, match="[Ww]eights.only|Unsupported"):
-        hope.HopeState.load(tmp_path / "state")
+    path, model = tmp_path / "state", random_model(small_config())
+    torch.save(Bomb(), path)
+    with pytest.raises(ValueError, match="is not a state of this model .*; give a file that HopeState.save made"):
+        hope.HopeState.load(path)
+    zeros, no_lists = {"0": torch.zeros(1)}, '{"class": "HopeState", "memories": 1, "cms": 2}'
+    for described in ("", "7", "[]", '{"class": "Path"}', '{"tensor": "1"}', no_lists):
+        safetensors.torch.save_file(zeros, path, {"state": described, "model": ""})
+        with pytest.raises(ValueError, match="is not a state of this model"):
+            hope.HopeState.load(path, model)
 
 
 def test_a_state_branches(model):
