@@ -222,6 +222,13 @@ def number(text: Path) -> int:
     return int(text.name.split("-")[0])
 
 
+def minutes(text: Path) -> int:
+    """How long a text takes to read at 150 words a minute, a formula as one word, without its code; in steps of 5."""
+    prose = "\n".join(cell.source for cell in jupytext.read(text).cells if cell.cell_type == "markdown")
+    words = re.sub(r"(?s)\$\$.*?\$\$|\$[^$]*\$", " x ", prose).split()
+    return max(5, 5 * round(len(words) / 150 / 5))
+
+
 def contents() -> str:
     rows = ["| chapter | question |", "|---|---|", f"| 0. {title(chapters()[0])} | you are here |"]
     for text in chapters()[1:]:
