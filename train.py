@@ -41,7 +41,7 @@ import time
 import warnings
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -185,6 +185,10 @@ class TrainConfig:
         return self.tokenizer or ("bytes" if self.size == "tiny" else "train:32000")
 
 
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class Command:
     """What to do instead of starting a run, and how."""
@@ -205,11 +209,28 @@ class Command:
         0.9, "sample: among the likeliest tokens that have this much of the probability", above=0, most=1
     )
 
+    # Flags that only one of these reads, and those of the settings of a run that are all that one reads of them.
+    OWN = {
+        "sample": {"prompt", "max_new_tokens", "temperature", "top_k", "top_p"},
+        "plan": {"gpus", "tokens", "utilisation"},
+    }
+    READS = {"sample": {"device", "seed"}, "export": {"device"}}
+
     def __post_init__(self) -> None:
         check_settings(self)
-        instead = [f"--{name}" for name in ("sample", "export", "resume", "prepare", "plan") if getattr(self, name)]
-        if len(instead) > 1 and not set(instead) <= {"--resume", "--plan"}:
-            raise ValueError(f"{' and '.join(instead)} are different things to do; give one of them")
+        instead = [name for name in ("sample", "export", "resume", "prepare", "plan") if getattr(self, name)]
+        if len(instead) > 1 and not set(instead) <= {"resume", "plan"}:
+            raise ValueError(f"--{' and --'.join(instead)} are different things to do; give one of them")
+
+    def refuse_ignored(self, flags: Iterable[str]) -> None:
+        """ValueError if one of the flags given has no effect on what is to be done."""
+        for name in flags:
+            for command, reads in self.READS.items():
+                if getattr(self, command) and name not in reads | self.OWN.get(command, set()) | {command}:
+                    raise ValueError(f"--{command} does not read {as_flag(name)}; leave it out")
+            for command, own in self.OWN.items():
+                if name in own and not getattr(self, command):
+                    raise ValueError(f"{as_flag(name)} is for --{command}; leave it out, or give --{command} as well")
 
 
 # ---- Run directory: config, log, checkpoints, picture ----
@@ -1030,31 +1051,30 @@ def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, d
 def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: torch.dtype) -> list[float]:
     """`rehearse` for the whole model and sequence; where that is much work, extended from shorter and thinner ones.
 
-    All three numbers are linear in layers and in whole rounds of the CMS (the slowest level's chunk); with attention,
-    quadratic in rounds.
+    All three numbers are polynomials of the layers and of the rounds of the CMS (a round is the slowest level's chunk):
+    linear in both, with attention quadratic in rounds. In a layer's first round less is kept than in any later one.
     """
     c, t = model_config, config.seq_len
     unit, whole_round = min(c.clocks, default=t), max(c.clocks, default=t)
-    period, n = len(c.pattern), t / whole_round
+    period, rounds = len(c.pattern), t / whole_round
 
-    def thin(layers: int, length: int) -> Tensor:
+    def count(periods: int, n: float) -> Tensor:
+        layers, length = periods * period, round(n * whole_round)
         print(f"counting a step of {layers} layers and {length} tokens without numbers ...", file=sys.stderr)
         return rehearse(replace(c, n_layer=layers), config, rows, length, dtype)
 
     if t / unit * c.n_layer <= 16:
-        return thin(c.n_layer, t).tolist()
-
-    def long(layers: int) -> Tensor:
-        if n <= 4:
-            return thin(layers, t)
-        two, three = (thin(layers, k * whole_round) for k in (2, 3))  # the first is unlike those that follow
-        found = two + (three - two) * (n - 2)
-        if any(c.layer(i).depth == 0 for i in range(period)):  # attention
-            found += (thin(layers, 4 * whole_round) - 2 * three + two) / 2 * (n - 2) * (n - 3)
-        return found
-
-    one, two = long(period), long(2 * period)
-    return (one + (two - one) / period * (c.n_layer - period)).tolist()
+        return rehearse(c, config, rows, t, dtype).tolist()
+    terms, points = lambda p, n: [1, p], [(1, rounds), (2, rounds)]
+    if rounds > 4 and all(c.layer(i).depth for i in range(period)):
+        terms = lambda p, n: [1, p, n, p * n, p * (n == 1)]
+        points = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+    elif rounds > 4:  # attention
+        terms = lambda p, n: [1, p, n, p * n, n * n, p * n * n]
+        points = [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4)]
+    as_rows = lambda points: torch.tensor([terms(*point) for point in points], dtype=torch.float64)
+    weights = torch.linalg.solve(as_rows(points), torch.stack([count(*point) for point in points]))
+    return (as_rows([(c.n_layer / period, rounds)]) @ weights)[0].tolist()
 
 
 def foreseen_vocabulary(config: TrainConfig) -> int:
@@ -1250,7 +1270,7 @@ def make_parser(everything: bool = True) -> argparse.ArgumentParser:
             )
             text = f.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown != "" else "")
             text = text if everything or f.name in EVERYDAY else argparse.SUPPRESS
-            group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **kind)
+            group.add_argument(as_flag(f.name), default=None, help=text, **kind)
     return parser
 
 
@@ -1275,6 +1295,7 @@ def configs(args: argparse.Namespace) -> tuple[TrainConfig, HopeConfig]:
 
 def run_command(args: argparse.Namespace) -> int:
     command = Command(**given(args, Command))
+    command.refuse_ignored(name for name, value in vars(args).items() if value not in (None, False))
     if command.sample:
         if not command.prompt:
             raise UserError('--prompt is empty; give some text to start from, as in --prompt "The "')
