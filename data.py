@@ -80,7 +80,7 @@ def extra(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as e:
         name = module.split(".")[0]
-        install = name if name in ("tensorboard", "trackio", "wandb") else '"nested-learning-hope[data]"'
+        install = name if name in ("trackio", "wandb") else '"nested-learning-hope[data]"'
         raise UserError(f"{what} needs {name}, which is missing; run: pip install {install}") from e
 
 
