@@ -84,7 +84,7 @@ def extra(module: str, what: str) -> Any:
     except ImportError as e:
         name = module.split(".")[0]
         ours = {"gradio": "demo", "transformers": "pretrained"}.get(name, "data")
-        install = name if name in ("tensorboard", "trackio", "wandb") else f'"nested-learning-hope[{ours}]"'
+        install = name if name in ("trackio", "wandb") else f'"nested-learning-hope[{ours}]"'
         raise UserError(f"{what} needs {name}, which is missing; run: pip install {install}") from e
 
 
@@ -472,9 +472,9 @@ class Source:
             yield Piece(text, True, held_out)
 
     def _hub(self) -> Iterator[Piece]:
-        for library in ("datasets", "fsspec", "huggingface_hub", "urllib3"):  # what they retry is no news
-            logging.getLogger(library).setLevel(logging.ERROR)
         datasets, (name, config, split) = extra("datasets", f"--data {self.data}"), self.identity["hub"]
+        for library in ("datasets", "fsspec", "huggingface_hub", "urllib3"):  # what they retry is no news
+            logging.getLogger(library).setLevel(logging.ERROR)  # after their import, which sets a level of its own
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         if self.start:
             rows.load_state_dict(self.start)

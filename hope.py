@@ -649,6 +649,12 @@ class StaticGate(nn.Linear):
         return super().forward(x).mT
 
 
+def check_gradients(module: nn.Module, wanted: bool) -> None:
+    """ValueError if gradients are wanted of inference tensors, which have none for good."""
+    lost = wanted and next(module.parameters()).is_inference()
+    require(not lost, "this model was made under torch.inference_mode and cannot learn in context; make it outside")
+
+
 class SequenceLayer(nn.Module):
     """What memories and attention have in common: a convolution in front, heads, a norm and a projection behind."""
 
@@ -674,6 +680,7 @@ class SequenceLayer(nn.Module):
     def _begin(self, x: Tensor, state: Any) -> Any:
         """The state to go on with; ValueError unless x is (b, t, d) and the state is one of b sequences."""
         d = self.config.d_model
+        check_gradients(self, torch.is_grad_enabled())
         fits = x.dim() == 3 and x.shape[-1] == d and x.is_floating_point()
         require(fits, f"x is {x.dtype} of shape {tuple(x.shape)}; give floats (batch, time, d_model = {d})")
         if state is None:
@@ -1183,6 +1190,7 @@ def check_tokens(tokens: Tensor, vocab_size: int, like: Tensor | None = None) ->
     the CPU only, since a GPU would have to be waited for.
     """
     name, also = ("tokens", "") if like is None else ("targets", ", or -100 to leave one out")
+    require(isinstance(tokens, Tensor), f"{name} are a {type(tokens).__name__}; give a tensor (batch, time)")
     given = f"{name} are {tokens.dtype} of shape {tuple(tokens.shape)}"
     whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
     require(whole and tokens.dim() == 2, f"{given}; give integers (batch, time), as by tokens[None] for one sequence")
@@ -1262,6 +1270,7 @@ class Hope(nn.Module):
 
     def _begin(self, tokens: Tensor, state: HopeState | None) -> tuple[Tensor, HopeState]:
         """Both as they are computed with, or ValueError."""
+        check_gradients(self, torch.is_grad_enabled() or bool(self.config.written))
         tokens = check_tokens(tokens, self.config.vocab_size)
         if state is None:
             return tokens, self.init_state(tokens.shape[0])
@@ -1441,9 +1450,9 @@ class Hope(nn.Module):
             learn_own: it learns from what the model says itself in the same way; else that is only read.
         """
         levels = {True: None, False: []}[memorize] if isinstance(memorize, bool) else memorize
-        lesson, continued = Lesson(levels, surprise), isinstance(state, HopeState) and state.pending is not None
-        require(tokens.dim() != 2 or tokens.shape[1] > 0 or continued, "the prompt is empty; give at least one token")
+        lesson = Lesson(levels, surprise)
         _, state = self.observe(tokens, state=state, levels=levels, surprise=surprise)
+        require(state.pending.shape[1] > 0, "the prompt is empty; give at least one token")
         state = state if learn_own else self._bank(state, lesson)
         done, stop = torch.zeros_like(state.pending, dtype=torch.bool), state.pending.new_tensor(list(stop))
         while not done.all():
@@ -1458,31 +1467,16 @@ class Hope(nn.Module):
             done = done | torch.isin(new, stop)
             yield new, state
 
-    def generate(
-        self, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, state: HopeState | None = None, **how: Any
-    ) -> Tensor:
-        """The next tokens (b, max_new_tokens) of prompts (b, t), or of a list of prompts of different lengths.
+    def generate(self, tokens: Tensor, max_new_tokens: int, state: HopeState | None = None, **how: Any) -> Tensor:
+        """The next tokens (b, max_new_tokens) of prompts (b, t).
 
         A finished sequence is filled up with its stop token. `how`: temperature and so on, see `stream`, which also
-        gives the state to go on from.
+        gives the state to go on from. Prompts of different lengths cannot run together, since their chunks would end at
+        other times.
         """
         require(max_new_tokens >= 0, f"max_new_tokens is {max_new_tokens}; give a number from 0")
-        if isinstance(tokens, Tensor):
-            said = [new for new, _ in islice(self.stream(tokens, state=state, **how), max_new_tokens)]
-            return torch.cat([tokens[:, :0].long(), *said, *said[-1:] * (max_new_tokens - len(said))], 1)
-        # Prompts of one length run together; others cannot join, since their chunks would end at other times.
-        rows_of: dict[int, list[int]] = {}
-        for i, prompt in enumerate(tokens):
-            require(not isinstance(prompt, int), "prompts are lists of tokens; for a single one give [tokens]")
-            rows_of.setdefault(len(prompt), []).append(i)
-        fits = state is None or len(rows_of) <= 1
-        require(fits, f"a state continues prompts of one length, not of {sorted(rows_of)}; generate for each by itself")
-        device = self.embed.weight.device
-        new = torch.empty(len(tokens), max_new_tokens, dtype=torch.long, device=device)
-        for rows in rows_of.values():
-            batch = torch.stack([torch.as_tensor(tokens[i], dtype=torch.long, device=device) for i in rows])
-            new[rows] = self.generate(batch, max_new_tokens, state, **how)
-        return new
+        said = [new for new, _ in islice(self.stream(tokens, state=state, **how), max_new_tokens)]
+        return torch.cat([tokens[:, :0].long(), *said, *said[-1:] * (max_new_tokens - len(said))], 1)
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:

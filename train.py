@@ -41,13 +41,13 @@ import time
 import warnings
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import safetensors.torch
@@ -55,7 +55,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -112,9 +111,9 @@ class TrainConfig:
     arch: Literal[tuple(HopeConfig.ARCHS)] = setting("hope", "architecture")
     data: str = setting(
         "pydoc",
-        "pydoc (the text that ships with Python); fineweb-edu, wikitext-103, tinystories; hf:NAME for any data set of "
-        "the Hugging Face hub; files and patterns, separated by commas: text in UTF-8, .jsonl, .parquet, also .gz and "
-        ".zst; a folder that --prepare made; or task:NAME,OPTION=VALUE,... for a task of tasks.py",
+        "pydoc, shipped with Python; fineweb-edu, wikitext-103, tinystories; hf:NAME from the hub; files "
+        "and patterns with commas between: UTF-8, .jsonl, .parquet, .gz, .zst; what --prepare made; "
+        "task:NAME,OPTION=VALUE,... of tasks.py",
     )
     data_config: str = setting("", "config of a data set of the hub, where it has several")
     data_split: str = setting("train", "split of a data set of the hub")
@@ -130,7 +129,7 @@ class TrainConfig:
     reset_at_documents: bool = setting(False, "a row holds one document, or a part: memories see no other one")
     data_dir: str = setting("data", "where prepared data is kept")
     verify_data: bool = setting(False, "compare the hashes of prepared data, not only names and sizes")
-    out: str = setting("", "run directory; default: runs/SIZE or runs/TASK, and -ARCH if that is not hope")
+    out: str = setting("", "run directory; default: runs/SIZE or runs/TASK, and -ARCH unless that is hope")
     steps: int = setting(200, "optimizer steps", least=1)
     batch_size: int = setting(2, "sequences a step; of a task 32, if it is not given", least=1)
     seq_len: int = setting(512, "tokens of a sequence; a task has its own", least=1)
@@ -157,7 +156,7 @@ class TrainConfig:
     eval_every: int = setting(50, "steps between two validations", least=1)
     save_every: int = setting(50, "steps between two checkpoints", least=1)
     keep: int = setting(2, "checkpoints that are kept", least=1)
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting("none", "where the log goes as well")
+    tracker: Literal["none", "trackio", "wandb"] = setting("none", "where the log goes as well")
     peak_tflops: float = setting(
         0.0, "peak of one device in 10^12 operations a second; 0: a known GPU's in bfloat16", least=0, below=INF
     )
@@ -201,6 +200,10 @@ class TrainConfig:
         return self.tokenizer or ("bytes" if self.size == "tiny" else "train:32000")
 
 
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class Command:
     """What to do instead of starting a run, and how."""
@@ -213,7 +216,6 @@ class Command:
     plan: bool = setting(False, "print memory, operations and days that a run takes; starts none")
     gpus: int = setting(1, "plan: how many GPUs", least=1)
     tokens: float = setting(0.0, "plan: tokens to train on; 0: those of --steps", least=0, below=INF)
-    utilisation: float = setting(0.3, "plan: part of the GPUs' peak that is reached, an assumption", above=0, most=1)
     prompt: str = setting("The ", "sample: what it starts with")
     max_new_tokens: int = setting(300, "sample, chat: the most that is said at once", least=1)
     temperature: float = setting(1.0, "sample, chat: 0 takes the likeliest", least=0, below=INF)
@@ -222,13 +224,31 @@ class Command:
         0.9, "sample, chat: among the likeliest tokens that have this much of the probability", above=0, most=1
     )
 
+    # Flags that only one of these reads, and those of the settings of a run that are all that one reads of them.
+    DRAWING = {"max_new_tokens", "temperature", "top_k", "top_p"}
+    OWN = {
+        "sample": {"prompt", *DRAWING},
+        "chat": DRAWING,
+        "plan": {"gpus", "tokens"},
+    }
+    READS = {"sample": {"device", "seed"}, "chat": {"device", "seed"}, "export": {"device"}}
+
     def __post_init__(self) -> None:
         check_settings(self)
-        instead = [
-            f"--{name}" for name in ("sample", "chat", "export", "resume", "prepare", "plan") if getattr(self, name)
-        ]
-        if len(instead) > 1 and not set(instead) <= {"--resume", "--plan"}:
-            raise ValueError(f"{' and '.join(instead)} are different things to do; give one of them")
+        instead = [name for name in ("sample", "chat", "export", "resume", "prepare", "plan") if getattr(self, name)]
+        if len(instead) > 1 and not set(instead) <= {"resume", "plan"}:
+            raise ValueError(f"--{' and --'.join(instead)} are different things to do; give one of them")
+
+    def refuse_ignored(self, flags: Iterable[str]) -> None:
+        """ValueError if one of the flags given has no effect on what is to be done."""
+        for name in flags:
+            for command, reads in self.READS.items():
+                if getattr(self, command) and name not in {command, *reads, *self.OWN.get(command, ())}:
+                    raise ValueError(f"--{command} does not read {as_flag(name)}; leave it out")
+            readers = [command for command, own in self.OWN.items() if name in own]
+            if readers and not any(getattr(self, command) for command in readers):
+                those = " or ".join(f"--{command}" for command in readers)
+                raise ValueError(f"{as_flag(name)} is for {those}; leave it out, or give {those} as well")
 
 
 # ---- Run directory: config, log, checkpoints, picture ----
@@ -440,13 +460,15 @@ class Run:
 
     def plot(self, title: str, bits: float, unit: str = "byte") -> None:
         """Draw loss.png; `bits` are bits per `unit` for a nat per token."""
+        from matplotlib.figure import Figure  # takes half a second; no display and no backend is touched
+
         rows = self.log()
         steps, loss = (np.array([r[name] for r in rows if "skipped" not in r]) for name in ("step", "loss"))
         few = max(1, min(20, len(loss) // 5))
         read = np.minimum(np.arange(len(loss)) + 1, few)  # at the start there are fewer to average
         smooth = np.convolve(loss, np.ones(few))[: len(loss)] / read if len(loss) else loss
         validated = [r for r in rows if "val_loss" in r]
-        fig = Figure(figsize=(7, 4), layout="constrained")  # not pyplot: no display and no backend is touched
+        fig = Figure(figsize=(7, 4), layout="constrained")
         ax = fig.subplots()
         ax.plot(steps, loss * bits, color="#9ecae1", linewidth=0.8, label="training, each step")
         ax.plot(steps, smooth * bits, color="#08519c", linewidth=1.8, label=f"training, mean of {few} steps")
@@ -473,17 +495,12 @@ def numbers_in(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def make_tracker(config: TrainConfig, start: int) -> Callable[[dict], Any]:
-    """What takes a row of the log to the tracker that `config` names."""
-    what, name = f"--tracker {config.tracker}", str(config.run_dir)
+def make_tracker(config: TrainConfig) -> Callable[[dict], Any]:
+    """What takes a row of the log to the tracker that `config` names; those that are known have the same interface."""
     if config.tracker == "none":
         return lambda row: None
-    if config.tracker == "tensorboard":
-        extra("tensorboard", what)
-        writer = extra("torch.utils.tensorboard", what).SummaryWriter(f"{name}/tensorboard", purge_step=start + 1)
-        return lambda row: [writer.add_scalar(name, z, row["step"]) for name, z in numbers_in(row)] and writer.flush()
-    module = extra(config.tracker, what)  # the other two have the same interface
-    module.init(project="nested-learning-hope", name=name, config=asdict(config), resume="allow")
+    module = extra(config.tracker, f"--tracker {config.tracker}")
+    module.init(project="nested-learning-hope", name=str(config.run_dir), config=asdict(config), resume="allow")
     return lambda row: module.log(dict(numbers_in(row)), step=row["step"])
 
 
@@ -955,7 +972,7 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
 
     peak, inner = world.size * peak_flops(config, world.device), size - model.embed.weight.numel()
     if world.rank == 0:
-        run.track = make_tracker(config, start)
+        run.track = make_tracker(config)
     form = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
     bar = tqdm(total=config.steps, initial=start, disable=True if world.rank else None, bar_format=form)
     tokens, stop, recent = config.batch_size * config.seq_len, False, deque()
@@ -1020,24 +1037,79 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
 # ---- Plan ----
 
 
+@dataclass(frozen=True)
+class Device:
+    """What `--plan` must know of a device, in seconds, bytes a second and arithmetic operations a second."""
+
+    name: str
+    launch: float  # from one operation to the next, as the processor gives them to the device
+    least: float  # of any operation, once it is given
+    bandwidth: float
+    float32: float
+    bfloat16: float
+    measured: bool = True
+
+    @staticmethod
+    def known() -> Device:
+        """The one that was measured, as tests/bench/gpu.json has it; else an H100, by what others report of it."""
+        path = Path(__file__).with_name("tests") / "bench" / "gpu.json"
+        if not path.exists():
+            return Device("H100", 6.5e-6, 2e-6, 2.8e12, 45e12, 400e12, measured=False)
+        with explained(f"{path} cannot be used", "measure anew, or delete it"):
+            return Device(**json.loads(path.read_text())["device"])
+
+    def seconds(self, moved: float, float32: float, bfloat16: float) -> float:
+        """The time that an operation takes at least: of its bytes and its arithmetic the larger, and not below `least`."""
+        return max(self.least, moved / self.bandwidth, float32 / self.float32 + bfloat16 / self.bfloat16)
+
+
+class Cost(NamedTuple):
+    """What a micro-batch takes, see `rehearse`."""
+
+    peak: float  # bytes beyond the weights, gradients included
+    state: float  # bytes of the states at the end
+    launches: float  # operations that are no views
+    moved: float  # bytes that they read and write
+    float32: float  # arithmetic, a multiply and an add as two: of matrix products and attention, what is recomputed
+    bfloat16: float  # as often as it is computed
+    busy: float  # seconds of the device, if it need not wait: the sum of `Device.seconds`
+
+
+def numel_bytes(values: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))
+
+
 class Meter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make while they live, their peak, and arithmetic operations.
+    """Counts what `Cost` holds, and the bytes of all tensors that operations make while they live.
 
     torch's FlopCounterMode has hooks that stop `autograd.grad` to leaves, which the CMS needs; its table of operations serves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
+        self.device, self.now, self.peak, self.launches, self.moved, self.busy = device, 0, 0, 0, 0, 0.0
+        self.arithmetic = {"float32": 0, "bfloat16": 0}
         self.live: set[int] = set()
+
+    def add_operation(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        flops, moved = 0, numel_bytes((args, kwargs, out))
+        if count := flop_registry.get(func.overloadpacket):
+            flops = count(*args, **kwargs, out_val=out)
+        elif "attention_for_cpu" in func.name():  # which the table lacks
+            q, k = (args[i + ("backward" in func.name())] for i in (0, 1))
+            flops = (10 if "backward" in func.name() else 4) * q.numel() * k.shape[-2]
+        low = flops and next(t for t in tree_leaves(out) if isinstance(t, Tensor)).dtype.itemsize == 2
+        self.arithmetic["bfloat16" if low else "float32"] += flops
+        self.launches, self.moved = self.launches + 1, self.moved + moved
+        self.busy += self.device.seconds(moved, 0 if low else flops, flops if low else 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func.overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
-        elif "attention_for_cpu" in func.name():  # which the table lacks
-            q, k = (args[i + ("backward" in func.name())] for i in (0, 1))
-            self.flops += (10 if "backward" in func.name() else 4) * q.numel() * k.shape[-2]
+        free = (
+            func.namespace == "prim" or func.is_view or any(name in func.name() for name in ("empty", "_unsafe_view"))
+        )
+        if not free:
+            self.add_operation(func, args, kwargs or {}, out)
         for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
             if id(storage) not in self.live:
                 weakref.finalize(storage, self.gone, id(storage), storage.nbytes())
@@ -1051,17 +1123,16 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, dtype: torch.dtype) -> Tensor:
+def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, dtype: torch.dtype) -> Cost:
     """One micro-batch of (rows, t) tokens, forward and backward, with tensors that have shapes but no numbers.
 
-    Returns peak bytes beyond the weights, gradients included; bytes of the states at the end; operations (a multiply and
-    an add count as two; matrix products and attention are counted, what is recomputed as often as it is computed).
+    Of the memories' chunks it is the plain form that is counted.
     """
     with FakeTensorMode():
         model = Hope(model_config)
         model.recompute = config.recompute
         tokens = torch.zeros(rows, t, dtype=torch.long)
-        with Meter() as meter:
+        with Meter(Device.known()) as meter:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 how = dict(backward=config.truncate, truncate=config.truncate)
                 losses, state = model.observe(tokens, tokens, reduction="none", **how)
@@ -1069,37 +1140,36 @@ def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, d
                 losses.sum().backward()
         size = []
         hope.map_state(lambda z: size.append(z.numel() * z.element_size()) or z, state)
-    return torch.tensor([meter.peak, sum(size), meter.flops], dtype=torch.float64)
+    return Cost(meter.peak, sum(size), meter.launches, meter.moved, **meter.arithmetic, busy=meter.busy)
 
 
-def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: torch.dtype) -> list[float]:
+def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: torch.dtype) -> Cost:
     """`rehearse` for the whole model and sequence; where that is much work, extended from shorter and thinner ones.
 
-    All three numbers are linear in layers and in whole rounds of the CMS (the slowest level's chunk); with attention,
-    quadratic in rounds.
+    All its numbers are polynomials of the layers and of the rounds of the CMS (a round is the slowest level's chunk):
+    linear in both, with attention quadratic in rounds. In a layer's first round less is kept than in any later one.
     """
     c, t = model_config, config.seq_len
     unit, whole_round = min(c.clocks, default=t), max(c.clocks, default=t)
-    period, n = len(c.pattern), t / whole_round
+    period, rounds = len(c.pattern), t / whole_round
 
-    def thin(layers: int, length: int) -> Tensor:
+    def count(periods: int, n: float) -> Cost:
+        layers, length = periods * period, round(n * whole_round)
         print(f"counting a step of {layers} layers and {length} tokens without numbers ...", file=sys.stderr)
         return rehearse(replace(c, n_layer=layers), config, rows, length, dtype)
 
     if t / unit * c.n_layer <= 16:
-        return thin(c.n_layer, t).tolist()
-
-    def long(layers: int) -> Tensor:
-        if n <= 4:
-            return thin(layers, t)
-        two, three = (thin(layers, k * whole_round) for k in (2, 3))  # the first is unlike those that follow
-        found = two + (three - two) * (n - 2)
-        if any(c.layer(i).depth == 0 for i in range(period)):  # attention
-            found += (thin(layers, 4 * whole_round) - 2 * three + two) / 2 * (n - 2) * (n - 3)
-        return found
-
-    one, two = long(period), long(2 * period)
-    return (one + (two - one) / period * (c.n_layer - period)).tolist()
+        return rehearse(c, config, rows, t, dtype)
+    terms, points = lambda p, n: [1, p], [(1, rounds), (2, rounds)]
+    if rounds > 4 and all(c.layer(i).depth for i in range(period)):
+        terms = lambda p, n: [1, p, n, p * n, p * (n == 1)]
+        points = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+    elif rounds > 4:  # attention
+        terms = lambda p, n: [1, p, n, p * n, n * n, p * n * n]
+        points = [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4)]
+    as_rows = lambda points: torch.tensor([terms(*point) for point in points], dtype=torch.float64)
+    counted = torch.tensor([count(*point) for point in points], dtype=torch.float64)
+    return Cost(*(as_rows([(c.n_layer / period, rounds)]) @ torch.linalg.solve(as_rows(points), counted))[0].tolist())
 
 
 def foreseen_vocabulary(config: TrainConfig) -> int:
@@ -1114,7 +1184,7 @@ def foreseen_vocabulary(config: TrainConfig) -> int:
 
 def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> None:
     """Print what a run takes: memory of a GPU by part, operations, days. Allocates no model."""
-    gpus, tokens, utilisation = command.gpus, command.tokens, command.utilisation
+    gpus, device = command.gpus, Device.known()
     on = f"{gpus} GPU{'s' * (gpus > 1)}"
     if config.batch_size % gpus or gpus % config.nodes:
         raise UserError(
@@ -1130,8 +1200,8 @@ def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> Non
     dtype = torch.float32 if config.precision == "float32" else torch.bfloat16
     share = config.batch_size // gpus
     rows = min(share, config.micro_batch or share)
-    peak, state, flops = forecast(model_config, config, rows, dtype)
-    flops /= rows * config.seq_len
+    cost = forecast(model_config, config, rows, dtype)
+    peak, state = cost.peak, cost.state
     slow = sum(p.numel() for group in hope.slow_groups(model, config.seq_len) for p in group["params"])
     kept = KEPT[config.optimizer] * matrix + KEPT["adamw"] * (size - matrix) + slow + bool(config.ema) * size
     optimizer, per_node, low = 4 * kept, gpus // config.nodes, dtype.itemsize
@@ -1152,11 +1222,34 @@ def plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> Non
         parts = (weights, gradients, buffers, state, max(0.0, peak - state - 4 * size), weights + buffers + most)
         print(f"{name:<12}" + "".join(f"{x / 1e9:>12.3f}" for x in parts))
     step = config.batch_size * config.seq_len
-    tokens = tokens or config.steps * step
+    tokens, flops = command.tokens or config.steps * step, (cost.float32 + cost.bfloat16) / (rows * config.seq_len)
     print(f"\n{flops:.3g} operations a token, {flops / 6 / size:.2f} x 6 per parameter; {tokens:.3g} tokens are {tokens / step:,.0f} steps")  # fmt: skip
-    for name in ("A100", "H100"):
-        speed = gpus * PEAKS[name] * 1e12 * utilisation / flops
-        print(f"{gpus} x {name} at {utilisation:.0%} of {PEAKS[name]} TFLOP/s: {speed:,.0f} tokens/s, {tokens / speed / 86400:.3g} days")  # fmt: skip
+    print_time(cost, device, rows * config.seq_len, gpus, tokens)
+
+
+def print_time(cost: Cost, device: Device, micro_batch: int, gpus: int, tokens: float) -> None:
+    """How long a micro-batch of so many tokens takes, what takes longest in it, and the days that `tokens` take.
+
+    While the device works, the processor gives it what comes next, so that the longer of the two counts. Optimizers
+    and what processes exchange once a step are left out.
+    """
+    arithmetic = cost.float32 / device.float32 + cost.bfloat16 / device.bfloat16
+    terms = {
+        "launches": (cost.launches * device.launch, f"{cost.launches:,.0f} of {1e6 * device.launch:.3g} us"),
+        "bytes": (cost.moved / device.bandwidth, f"{cost.moved:.3g} at {device.bandwidth:.3g} a second"),
+        "arithmetic": (arithmetic, f"{cost.float32:.3g} in float32 at {device.float32:.3g} a second, "
+                                   f"{cost.bfloat16:.3g} in bfloat16 at {device.bfloat16:.3g}"),
+    }  # fmt: skip
+    seconds = max(cost.launches * device.launch, cost.busy)
+    work = max(("bytes", "arithmetic"), key=lambda name: terms[name][0])
+    binding = work if cost.busy > terms["launches"][0] else "launches"
+    known = "measured" if device.measured else "assumed; tests/bench/gpu.json may hold what was measured"
+    print(f"\na micro-batch of {micro_batch:,} tokens on a {device.name} ({known})")
+    for name, (term, how) in terms.items():
+        print(f"  {name:<12}{term:>9.3g} s  {how}{'  <- what takes longest' if name == binding else ''}")
+    print(f"  {'work':<12}{cost.busy:>9.3g} s  operation by operation, each the larger of bytes and arithmetic, at least {1e6 * device.least:.3g} us")  # fmt: skip
+    speed, used = gpus * micro_batch / seconds, (cost.float32 + cost.bfloat16) / seconds / device.bfloat16
+    print(f"{gpus} x {device.name}: {speed:,.0f} tokens/s, {used:.1%} of the rate in bfloat16, {tokens / speed / 86400:.3g} days")  # fmt: skip
 
 
 # ---- Sampling and export ----
@@ -1345,16 +1438,10 @@ def make_parser(everything: bool = True) -> argparse.ArgumentParser:
             hint = hints[f.name]
             choices = get_args(hint) if "Literal" in str(hint) else None
             kind = {"choices": choices, "type": type(choices[0])} if choices else KINDS[hint]
-            shown = (
-                ",".join(map(str, f.default))
-                if isinstance(f.default, tuple)
-                else ""
-                if f.default is False
-                else f.default
-            )
-            text = f.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown != "" else "")
+            shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+            text = f.metadata["help"].replace("%", "%%") + f" (default: {shown})" * (shown not in ("", "False"))
             text = text if everything or f.name in EVERYDAY else argparse.SUPPRESS
-            group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **kind)
+            group.add_argument(as_flag(f.name), default=None, help=text, **kind)
     return parser
 
 
@@ -1383,6 +1470,7 @@ def configs(args: argparse.Namespace) -> tuple[TrainConfig, HopeConfig]:
 
 def run_command(args: argparse.Namespace) -> int:
     command = Command(**given(args, Command))
+    command.refuse_ignored(name for name, value in vars(args).items() if value not in (None, False))
     if command.sample:
         if not command.prompt:
             raise UserError('--prompt is empty; give some text to start from, as in --prompt "The "')

@@ -19,7 +19,7 @@ How a text is written (tests/test_book.py holds it to this):
 
       checks:
         eq-2:
-          holds: a gradient step is the argmin of (2)      # or definition: or erratum:
+          holds: a gradient step is the argmin of (2)      # or definition: or erratum: or not reproduced:
           perturb: 0.5 * eta => 0.6 * eta                  # OLD => NEW or a list; OLD occurs once in the cell
 
   Quote an edit that has a colon. Each is one wrong claim and must end in AssertionError. An erratum needs two: one that
@@ -40,6 +40,9 @@ How a text is written (tests/test_book.py holds it to this):
 
       **Printed.** ...  **Why it cannot be meant.** ...  **Corrected.** ...  **Size.** ...  **Implemented as printed.** ...
       :::                                              (each field its own paragraph, in this order)
+
+  A claim of the paper about an experiment that we could not repeat is no erratum. Its status is `not reproduced`, its
+  block has the title `Not reproduced: ...`, the class `claim`, and the fields Claimed, Tried, Found, Size, What would settle it.
 """
 
 from __future__ import annotations
@@ -85,8 +88,11 @@ if importlib.util.find_spec("hope") is None:
 if os.path.isdir("nested-learning/book"):
     os.chdir("nested-learning/book")"""
 LABEL = r"(?:eq|def|alg|sec)-\d+(?:-\d+)*(?:-[a-z]+)*"
-STATUSES = ("holds", "definition", "erratum")
-FIELDS = ("Printed", "Why it cannot be meant", "Corrected", "Size", "Implemented as printed")
+STATUSES = ("holds", "definition", "erratum", "not reproduced")
+FIELDS = {
+    "erratum": ("Printed", "Why it cannot be meant", "Corrected", "Size", "Implemented as printed"),
+    "not reproduced": ("Claimed", "Tried", "Found", "Size", "What would settle it"),
+}
 
 
 class Mistake(Exception):
@@ -188,24 +194,24 @@ def mutants(text: Path) -> list[Mutant]:
 @dataclass(frozen=True)
 class Erratum:
     text: Path
+    status: str  # erratum, or not reproduced
     title: str
     labels: list[str]
     fields: dict[str, str]
 
 
 def errata(text: Path) -> list[Erratum]:
-    """The errata in a text. Raises Mistake for a block that is not as described above."""
-    found = []
-    for title, body in re.findall(
-        r"(?ms)^:::\{admonition\} Erratum: ([^\n]+)\n:class: erratum\n\n(.*?)\n:::$", text.read_text()
-    ):
-        parts = re.split(r"(?m)^\*\*([^*\n]+)\.\*\*\s+", body)
-        if parts[0].strip() or tuple(parts[1::2]) != FIELDS:
-            raise Mistake(f"book/text/{text.name}: erratum {title} must have the paragraphs: {', '.join(FIELDS)}")
-        found.append(
-            Erratum(text, title, re.findall(rf"\(#({LABEL})\)", title), dict(zip(FIELDS, map(str.strip, parts[2::2]))))
-        )
-    if len(found) != text.read_text().count("Erratum: "):
+    """The errata and unreproduced claims of a text. Raises Mistake for a block that is not as described above."""
+    found, source = [], text.read_text()
+    block = r"(?ms)^:::\{admonition\} (Erratum|Not reproduced): ([^\n]+)\n:class: (?:erratum|claim)\n\n(.*?)\n:::$"
+    for kind, title, body in re.findall(block, source):
+        status, parts = kind.lower(), re.split(r"(?m)^\*\*([^*\n]+)\.\*\*\s+", body)
+        fields = FIELDS[status]
+        if parts[0].strip() or tuple(parts[1::2]) != fields:
+            raise Mistake(f"book/text/{text.name}: {kind} {title} must have the paragraphs: {', '.join(fields)}")
+        about = re.findall(rf"\(#({LABEL})\)", title)
+        found.append(Erratum(text, status, title, about, dict(zip(fields, map(str.strip, parts[2::2])))))
+    if len(found) != source.count("Erratum: ") + source.count("Not reproduced: "):
         raise Mistake(f"book/text/{text.name}: an erratum is not in the form that book/make.py describes")
     return found
 
@@ -220,6 +226,13 @@ def title(text: Path) -> str:
 
 def number(text: Path) -> int:
     return int(text.name.split("-")[0])
+
+
+def minutes(text: Path) -> int:
+    """How long a text takes to read at 150 words a minute, a formula as one word, without its code; in steps of 5."""
+    prose = "\n".join(cell.source for cell in jupytext.read(text).cells if cell.cell_type == "markdown")
+    words = re.sub(r"(?s)\$\$.*?\$\$|\$[^$]*\$", " x ", prose).split()
+    return max(5, 5 * round(len(words) / 150 / 5))
 
 
 def contents() -> str:
@@ -237,8 +250,8 @@ def equations() -> str:
     status = {check.label: check.status for check in found}
     count = {s: list(status.values()).count(s) for s in STATUSES}
     total = (
-        f"Of {len(status)} entries so far, {count['holds']} hold as printed, {count['definition']} are definitions, and "
-        f"{count['erratum']} have an erratum."
+        f"Of {len(status)} entries so far, {count['holds']} hold as printed, {count['definition']} are definitions, "
+        f"{count['erratum']} have an erratum, and what is claimed beside {count['not reproduced']} was not reproduced."
     )
     rows = [total, "", "| equation | chapter | status | what its check asserts |", "|---|---|---|---|"]
     rows += [
@@ -249,11 +262,14 @@ def equations() -> str:
 
 
 def all_errata() -> str:
-    found = sorted((e for text in chapters() for e in errata(text)), key=lambda e: order(e.labels[0]))
+    """Errata by their number, then what was not reproduced."""
+    found = [e for text in chapters() for e in errata(text)]
+    found.sort(key=lambda e: (STATUSES.index(e.status), order(e.labels[0])))
     parts = []
     for e in found:
         plain = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", e.title)
         kind = "" if plain[0] != "(" else "Equations " if len(e.labels) > 1 else "Equation "
+        kind = f"Not reproduced: {kind.lower()}" if e.status == "not reproduced" else kind
         parts.append(
             f"## {kind}{plain}\n\n{e.title} in chapter {number(e.text)}, [{title(e.text)}]({e.text.stem}.ipynb)."
         )

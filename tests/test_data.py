@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import random
 import shutil
@@ -417,6 +418,23 @@ def test_preparation_that_stops_anywhere_goes_on_to_the_same_tokens(jsonl, small
             pass
     assert next(stops) > 10 and again["sha256s"] == manifest["sha256s"]
     assert all((cut / file).read_bytes() == (whole / file).read_bytes() for file in FILES)
+
+
+def test_what_the_hubs_libraries_retry_is_no_news(caplog):
+    os.makedirs("set")
+    Path("set/train.jsonl").write_text('{"text": "some text"}\n')
+    libraries = [
+        logging.getLogger(name)
+        for name in ("datasets.load", "fsspec", "huggingface_hub.utils", "urllib3.connectionpool")
+    ]
+    for library in libraries:
+        library.setLevel(logging.NOTSET)
+    [piece] = Source(config(f"hf:{Path('set').absolute()}"))
+    assert piece.text == "some text"
+    for library in libraries:
+        library.warning("Retrying in 1s")
+        library.error("It cannot be had")
+    assert [record.message for record in caplog.records] == ["It cannot be had"] * len(libraries)
 
 
 def test_preparation_that_is_killed_goes_on_where_it_stopped():

@@ -427,6 +427,38 @@ def test_m3_orthogonalises_the_slow_memory_only_when_it_moves(monkeypatch):
     assert calls == [2] * 4 + [2, 2] + [2] * 3 + [2, 2] + [2]
 
 
+def test_what_optimizers_do_if_only_a_learning_rate_is_given():
+    """By their states: deep momentum keeps .999 with an inner rate of 10, delta momentum .9 with a delta of 1, and M3's
+    slow momentum takes a tenth of the mean of ten gradients."""
+    g = torch.randn(4, 6, dtype=torch.float64)
+
+    def moved(make, count):
+        W = nn.Parameter(torch.zeros(4, 6, dtype=torch.float64))
+        optimizer = make([W])
+        for _ in range(count):
+            W.grad = g.clone()
+            optimizer.step()
+        return optimizer.state[W]
+
+    # In the first step w_out is 0, so that w_in only decays, and w_out moves by its own gradient, which is known.
+    deep, w_in = moved(optim.DeepMomentum, 1), torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(deep["w_in"], 0.999 * w_in)
+    u = (g / g.norm(dim=0)).mT
+    hidden = F.silu(u @ w_in.mT)
+    step = 10 / (1 + 10 * hidden.square().sum(-1).mean())
+    torch.testing.assert_close(deep["w_out"], -step * u.mT @ hidden / 6)
+
+    G, m = g.mT @ g, -0.01 * g
+    m = 0.9 * m - 1 / (1 + g.square().sum()) * m @ G - 0.01 * g
+    torch.testing.assert_close(moved(lambda p: optim.DeltaMomentum(p, lr=0.01), 2)["momentum"], m)
+
+    ten, eleven = (moved(lambda p: optim.M3(p, lr=0.01), count) for count in (10, 11))
+    assert not ten["slow"].any()
+    torch.testing.assert_close(eleven["slow"], 0.1 * g)
+    torch.testing.assert_close(eleven["fast"], (1 - 0.95**11) * g)
+    torch.testing.assert_close(eleven["square"], (1 - 0.95**11) * g**2)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Contracts
 

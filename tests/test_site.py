@@ -19,6 +19,7 @@ BOOK = ROOT / "book"
 CHAPTER = "01-associative-memory"
 PAGES = sorted(p.stem for p in (BOOK / "text").glob("*.md"))
 CHAPTERS = [name for name in PAGES if name[0].isdigit()]  # the others are collected from these
+PAGES += ["index", *sorted(f"reference/{p.stem}" for p in (BOOK / "reference").glob("*.md"))]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
 
@@ -141,6 +142,11 @@ def test_a_phone_needs_no_sideways_scrolling(browser, address: str, name: str) -
     # Formulas wider than the screen scroll by themselves, and from their beginning.
     assert page.evaluate("""[...document.querySelectorAll('div.math')].every(
         m => m.querySelector('mjx-math').getBoundingClientRect().left >= m.getBoundingClientRect().left - 1)""")
+    # Their number stays in sight.
+    if visit.is_chapter:
+        cells = json.loads((BOOK / f"{name}.ipynb").read_text())["cells"]
+        tags = sum("".join(c["source"]).count("\\tag{") for c in cells if c["cell_type"] == "markdown")
+        assert page.locator("div.math[data-number]").count() == tags
     page.close()
 
 
@@ -171,6 +177,42 @@ def test_the_dark_theme_is_legible_and_figures_stand_on_white(browser, address: 
         return [...context.getImageData(0, 0, 1, 1).data];
     })""")
     assert corners and all(corner == [255, 255, 255, 255] for corner in corners)
+    # White is turned to black, so that no figure shines.
+    assert "invert" in page.evaluate("getComputedStyle(document.querySelector('article div.cell_output img')).filter")
+    page.close()
+
+
+def test_the_front_page_leads_to_every_chapter(browser, address: str) -> None:
+    visit = Visit(browser, address, "index.html")
+    page = visit.page
+    cards = page.eval_on_selector_all("div.cards a", "all => all.map(a => [a.getAttribute('href'), a.textContent])")
+    assert [href for href, _ in cards] == [f"{name}.html" for name in CHAPTERS]
+    assert all("?" in text and text.endswith(" minutes") for _, text in cards)
+    assert page.locator("div.cards img").count() >= len(CHAPTERS) - 1
+    doors = page.locator(".sd-card a.sd-stretched-link")
+    for href in doors.evaluate_all("all => all.map(a => a.href)"):
+        assert page.request.get(href).ok
+    assert doors.count() == 3
+    assert "memories" in page.get_attribute("meta[name=description]", "content")
+    page.close()
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_checks_are_folded_behind_what_they_check_and_one_click_opens_all(browser, address: str, name: str) -> None:
+    page = Visit(browser, address, f"{name}.html").page
+    assert "Installs the project on Colab" not in page.locator("article").text_content()
+    assert page.locator("article p.minutes").count() == 1
+    checks, folded = page.locator("div.cell.tag_check"), page.locator("article details.hide")
+    stored = json.loads((BOOK / f"{name}.ipynb").read_text())["cells"]
+    assert checks.count() == sum("checks" in cell["metadata"] for cell in stored)
+    for summary in checks.locator("summary").all_text_contents():
+        assert summary.strip().startswith("checked: ")
+    if folded.count():
+        assert not folded.evaluate_all("all => all.some(d => d.open)")
+        page.locator("button.open-code").click()
+        assert folded.evaluate_all("all => all.every(d => d.open)")
+        # Open, no code is wider than its column.
+        assert page.eval_on_selector_all("div.cell_input pre", "all => all.every(p => p.scrollWidth <= p.clientWidth)")
     page.close()
 
 
@@ -193,6 +235,27 @@ def test_search_finds_a_word_of_the_text(browser, address: str) -> None:
     )
     assert visit.outside == []
     visit.page.close()
+
+
+@pytest.mark.parametrize("query", ["57", "(57)"])
+def test_search_for_a_number_shows_the_equation_first(browser, address: str, query: str) -> None:
+    page = Visit(browser, address, f"search.html?q={query}").page
+    page.wait_for_selector("p.found-equation")
+    link = page.locator("p.found-equation a").first
+    assert link.text_content() == "(57)" and link.get_attribute("href").endswith("#eq-57")
+    assert "chapter 7" in page.locator("p.found-equation").text_content()
+    page.close()
+
+
+def test_the_table_of_equations_can_be_filtered(browser, address: str) -> None:
+    page = Visit(browser, address, "A-equations.html").page
+    shown = lambda: page.locator("article tbody tr:visible").all_text_contents()
+    everything = len(shown())
+    page.fill("input.filter", "57")
+    assert len(shown()) == 1 and "(57)" in shown()[0]
+    page.fill("input.filter", "erratum")
+    assert 10 < len(shown()) < everything and all("erratum" in row for row in shown())
+    page.close()
 
 
 def test_launch_buttons_appear_with_the_public_address(site: Path, tmp_path: Path) -> None:

@@ -262,6 +262,18 @@ def test_inference_mode_gives_what_no_grad_gives(arch):
     model.observe(tokens(2, 8), state=again, backward=True)  # and its states serve outside of it
 
 
+def test_what_is_made_under_inference_mode_is_refused():
+    with torch.inference_mode():
+        model, layer = hope.Hope(small_config()), hope.Memory(d_model=8, n_head=2)
+        layer(torch.randn(2, 3, 8))  # a layer alone can be read and written there
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        for call in (model, model.observe, lambda x: model.generate(x, 2)):
+            with mode(), pytest.raises(ValueError, match="made under torch.inference_mode and .*; make it outside"):
+                call(tokens(2, 8))
+    with pytest.raises(ValueError, match="make it outside"):
+        layer(torch.randn(2, 3, 8))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("arch", list(hope.HopeConfig.ARCHS))
 def test_parameters_of_any_floating_type(arch, dtype):
@@ -283,16 +295,6 @@ def test_parameters_of_any_floating_type(arch, dtype):
 def test_the_papers_literal_form_in_bfloat16():
     config = small_config(n_head=1, project=False)
     assert hope.Hope(config).bfloat16().observe(tokens(2, 14))[0].isfinite()
-
-
-def test_prompts_of_different_lengths():
-    model = random_model(small_config())
-    prompts = [tokens(1, n, seed=n)[0] for n in (4, 9, 4, 1)]
-    together = model.generate(prompts, 6, temperature=0)
-    for row, prompt in zip(together, prompts):
-        assert torch.equal(row, model.generate(prompt[None], 6, temperature=0)[0])
-    with pytest.raises(ValueError, match="prompts of one length, not of \\[1, 4, 9\\]"):
-        model.generate(prompts, 6, state=model.init_state(1))
 
 
 def test_stop_tokens_end_a_sequence():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -147,13 +148,18 @@ def test_bad_commands_get_one_line_with_the_fix(capsys):
         (["--spike", ".5"], "spike is 0.5; it must be a factor above 1, or 0"),
         (["--plan", "--tokens", "-1"], "tokens is -1.0; it must be at least 0"),
         (["--plan", "--gpus", "0"], "gpus is 0; it must be at least 1"),
-        (["--plan", "--utilisation", "nan"], "utilisation is nan; it must be above 0 and at most 1"),
         (["--seed", "9" * 20], f"seed is {'9' * 20}; it must be at least 0 and below {2**64}"),
         (["--sample", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be at least 1"),
         (["--sample", "a", "--temperature", "nan"], "temperature is nan; it must be at least 0"),
         (["--sample", "a", "--top-k", "-1"], "top_k is -1; it must be at least 0"),
         (["--sample", "a", "--resume", "b"], "--sample and --resume are different things to do; give one of them"),
         (["--export", "a", "--plan"], "--export and --plan are different things to do"),
+        (["--sample", "a", "--lr", "3"], "--sample does not read --lr; leave it out"),
+        (["--sample", "a", "--gpus", "3"], "--sample does not read --gpus; leave it out"),
+        (["--export", "a", "--top-k", "3"], "--export does not read --top-k; leave it out"),
+        (["--export", "a", "--chunk", "3"], "--export does not read --chunk; leave it out"),
+        (["--plan", "--prompt", "a"], "--prompt is for --sample; leave it out, or give --sample as well"),
+        (["--tokens", "1e9"], "--tokens is for --plan; leave it out, or give --plan as well"),
         (["--cms", "8,1.5"], "whole numbers from 1, or inf"),
         (["--cms", "a,b"], "argument --cms"),
         (["--adaptive", "k,w"], "allowed: k, v, q, eta, alpha"),
@@ -280,11 +286,10 @@ def test_speed_is_that_of_the_last_seconds(monkeypatch):
     assert [step(0.5) for _ in range(20)][-1] == pytest.approx(2.0)
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="sees in /proc how far the imports are")
 def test_the_loss_curves_running_mean_starts_at_the_loss(monkeypatch):
     run_dir, drawn = train.Run(Path(".")), []
     Path("log.jsonl").write_text("".join(json.dumps({"step": i + 1, "loss": 2.0}) + "\n" for i in range(60)))
-    monkeypatch.setattr(train.Figure, "savefig", lambda figure, *args, **settings: drawn.append(figure))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **settings: drawn.append(figure))
     run_dir.plot("constant", 1.5)
     each, mean, _ = drawn[0].axes[0].lines
     assert list(each.get_ydata()) == [3.0] * 60 and mean.get_ydata() == pytest.approx([3.0] * 60)
@@ -293,6 +298,35 @@ def test_the_loss_curves_running_mean_starts_at_the_loss(monkeypatch):
 def test_one_gpu_is_one_gpu_and_two_are_two(capsys):
     for gpus, text in (("1", "tokens on 1 GPU, "), ("2", "tokens on 2 GPUs, ")):
         assert run("--plan", "--gpus", gpus) == 0 and text in capsys.readouterr().out
+
+
+def test_the_plan_counts_launches_bytes_and_arithmetic_and_takes_the_larger_of_each():
+    device = train.Device("slow", launch=1.0, least=2.0, bandwidth=8.0, float32=100.0, bfloat16=1000.0)
+    a, b = torch.ones(4, 8), torch.ones(8, 16)
+    with train.Meter(device) as meter:
+        c = a @ b  # 4 (32 + 128 + 64) bytes, 2 x 4 x 8 x 16 operations
+        c.mT.reshape(-1)[:2].view(2)  # of these only reshape copies: 2 x 256 bytes
+        a[0, :1].add_(1.0)  # 8 bytes, fewer than the least time takes
+        a.bfloat16() @ b.bfloat16()  # 6 bytes an element to turn, 2 x (32 + 128 + 64) bytes
+    moved = [896, 512, 8, 6 * 32, 6 * 128, 448]
+    assert (meter.launches, meter.moved) == (6, sum(moved))
+    assert meter.arithmetic == {"float32": 1024, "bfloat16": 1024}
+    assert meter.busy == pytest.approx(sum(max(2.0, z / 8) for z in moved))
+    assert device.seconds(1.0, 1000.0, 1000.0) == 11.0
+
+
+def test_the_plan_names_what_takes_longest_and_reads_a_measured_device(monkeypatch, capsys):
+    plan = ["--plan", "--arch", "transformer++", "--seq-len", "32"]
+    assert run(*plan) == 0
+    assert re.search(r"H100 \(assumed; .*\n +launches .*<- what takes longest", capsys.readouterr().out)
+    monkeypatch.setattr(train, "__file__", str(Path("train.py").absolute()))
+    os.makedirs("tests/bench")
+    measured = train.Device("card", 1e-12, 1e-12, 1e3, 1e9, 1e9)
+    Path("tests/bench/gpu.json").write_text(json.dumps({"device": asdict(measured)}))
+    assert run(*plan) == 0
+    assert re.search(r"card \(measured\)\n.*\n +bytes .*<- what takes longest", capsys.readouterr().out)
+    Path("tests/bench/gpu.json").write_text("{}")
+    assert "gpu.json cannot be used" in error(capsys, *plan)
 
 
 def test_what_takes_long_is_said(monkeypatch, capsys):
@@ -304,6 +338,7 @@ def test_what_takes_long_is_said(monkeypatch, capsys):
     assert any(re.fullmatch(r"validating, \d+ of \d+ rows", text) for text in said)
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="sees in /proc how far the imports are")
 def test_an_interrupt_during_the_imports_ends_without_a_traceback():
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -449,21 +484,6 @@ def test_memory_numbers_are_the_means_over_tokens_and_leave_no_hook():
     norms = [sum(w[b, h, -1].square().sum() for w in main).sqrt() for b in range(2) for h in range(2)]
     assert numbers["memory_norm"][1] == pytest.approx(sum(norms).item() / 4, rel=1e-5)
     assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_tensorboard_gets_the_log_once_even_if_the_run_stopped_between(capsys):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    few = ["--tracker", "tensorboard", "--eval-every", "2", "--save-every", "2", "--out", "seen"]
-    assert run(*few, "--steps", "4") == 0
-    shutil.rmtree("seen/checkpoints/step-000004")
-    assert train.main(["--resume", "seen"]) == 0
-    events = EventAccumulator("seen/tensorboard").Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
-        (r["step"], pytest.approx(r["loss"])) for r in rows("seen")
-    ]
-    assert [e.step for e in events.Scalars("memory_norm/0")] == [2, 4]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -11,3 +11,75 @@ document.addEventListener("DOMContentLoaded", () => {
     next.data = next.data.slice(mark[0].length);
   }
 });
+
+// Checks and plots are folded. One click opens all code of a page, and paper shows it.
+document.addEventListener("DOMContentLoaded", () => {
+  const folded = [...document.querySelectorAll("article details.hide")];
+  const minutes = document.querySelector("article p.minutes");
+  if (folded.length && minutes) {
+    const button = document.createElement("button");
+    const label = () => (button.textContent = folded.every((d) => d.open) ? "Fold all code" : "Show all code");
+    button.className = "open-code";
+    button.addEventListener("click", () => {
+      const open = !folded.every((d) => d.open);
+      folded.forEach((d) => (d.open = open));
+      label();
+    });
+    label();
+    minutes.append(button);
+  }
+  let shut = [];
+  window.addEventListener("beforeprint", () => {
+    shut = folded.filter((d) => !d.open);
+    shut.forEach((d) => (d.open = true));
+  });
+  window.addEventListener("afterprint", () => shut.forEach((d) => (d.open = false)));
+});
+
+// The table of equations can be searched by number, status, chapter or word.
+document.addEventListener("DOMContentLoaded", () => {
+  if (!location.pathname.endsWith("A-equations.html")) return;
+  const table = document.querySelector("article table");
+  table.classList.add("equations"); // see book.css
+  const box = document.createElement("input");
+  box.type = "search";
+  box.className = "filter";
+  box.placeholder = "57, erratum, Adam, ...";
+  box.setAttribute("aria-label", "Show the equations with this number, status or word");
+  box.addEventListener("input", () => {
+    const wanted = box.value.trim().toLowerCase();
+    for (const row of table.tBodies[0].rows) {
+      const fits = /^\(?\d+\)?$/.test(wanted)
+        ? row.cells[0].textContent.trim() === `(${wanted.replace(/[()]/g, "")})`
+        : row.textContent.toLowerCase().includes(wanted);
+      row.hidden = !fits;
+    }
+  });
+  table.before(box);
+});
+
+// A search for 57 or (57) shows the equation of that number first.
+document.addEventListener("DOMContentLoaded", async () => {
+  const results = document.querySelector("#search-results");
+  const wanted = new URLSearchParams(location.search).get("q")?.match(/^\s*\(?(\d+)\)?\s*$/)?.[1];
+  if (!results || !wanted) return;
+  const page = await fetch("A-equations.html").then((answer) => answer.text()).catch(() => "");
+  const rows = new DOMParser().parseFromString(page, "text/html").querySelectorAll("article tbody tr");
+  const row = [...rows].find((tr) => tr.cells[0].textContent.trim() === `(${wanted})`);
+  if (!row) return;
+  const found = document.createElement("p");
+  found.className = "found-equation";
+  const [link, chapter, status, claim] = row.cells;
+  const says = `, ${status.textContent}: ${claim.textContent}`;
+  found.append("Equation ", link.querySelector("a"), ", chapter ", chapter.querySelector("a"), says);
+  results.before(found);
+});
+
+// On a phone a long formula scrolls, and its number with it. So the number stands above it, too; see book.css.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const display of document.querySelectorAll("article div.math")) {
+    const drawn = display.querySelector("mjx-assistive-mml mlabeledtr > mtd");
+    const number = drawn ? drawn.textContent.replace(/[()]/g, "") : /\\tag\{([^}]*)\}/.exec(display.textContent)?.[1];
+    if (number) display.dataset.number = `(${number.trim()})`;
+  }
+});

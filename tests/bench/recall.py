@@ -1,14 +1,13 @@
 """Recall in context: how many of the values that a sequence has shown are found again by their keys.
 
-    python tests/bench/recall.py [--task small|mqar] [--arch hope,deltanet] [--seeds 0,1,2] [--lr 0.01] [--steps N] [--FIELD VALUE ...]
+    python tests/bench/recall.py [--task TASK] [--arch hope,deltanet] [--seeds 0,1,2] [--lr 0.01] [--steps N] [--FIELD VALUE ...]
     python tests/bench/recall.py --why gates|hidden|decay|chunk|keys [--seeds 0]
 
 FIELD is any field of HopeConfig or MemoryConfig. A row is printed for every architecture and learning rate: accuracy on
 held-out sequences for every seed, the same at twice the length, and the steps to 95% on other held-out sequences.
 
-small: 32 tokens, 4 key-value pairs, then random ones of the 4 keys, each followed by its value; 16 keys, 16 values.
-mqar:  64 tokens, 8 pairs, then each key once, at distances drawn from a power law, between random tokens; 63 keys, 64
-       values (multi-query associative recall as in Zoology, Arora et al. 2023).
+TASK is one of tasks.py that has a length, with its options, as in mqar,filler=values; recall is the default (4 pairs).
+old-recall and old-mqar have the rows that figures before tasks.py were measured on.
 """
 
 from __future__ import annotations
@@ -24,49 +23,19 @@ import torch
 import torch.nn.functional as F
 
 import hope
+import tasks
 from kernels import dgd_chunk
 
-
-class Task(NamedTuple):
-    length: int
-    pairs: int
-    vocab: int
-    batch: int
-    steps: int
+BATCH, STEPS = 32, {"recall": 600, "mqar": 1536}
 
 
-TASKS = {"small": Task(32, 4, 32, 32, 600), "mqar": Task(64, 8, 128, 32, 1536)}
-TRAIN, SELECTION, REPORT = range(3)  # streams of rows that never meet
-
-
-def row(name: str, split: int, seed: int, i: int, stretch: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Row i of a split: tokens and targets, (length,) each, -100 where nothing is asked. `stretch` lengthens the queries' part."""
-    task = TASKS[name]
-    rng = np.random.default_rng((split, seed, i))
-    half, length = task.vocab // 2, task.length * stretch
-    keys = rng.choice(np.arange(1, half) if name == "mqar" else half, task.pairs, replace=False)
-    values = half + rng.choice(half, task.pairs, replace=False)
-    tokens, targets = np.zeros(length, int), np.full(length, -100)
-    begin = 2 * task.pairs
-    tokens[0:begin:2], tokens[1:begin:2] = keys, values
-    if name == "small":
-        asked = rng.integers(task.pairs, size=(length - begin) // 2)
-        at = begin + 2 * np.arange(len(asked))
-        tokens[at + 1] = values[asked]
-    else:
-        tokens[begin:] = rng.integers(task.vocab, size=length - begin)
-        room = (length - begin) // 2
-        near = 0.01 * np.arange(1, room + 1) ** (0.01 - 1)
-        asked = np.arange(task.pairs)
-        at = begin + 2 * rng.choice(room, task.pairs, replace=False, p=near / near.sum())
-    tokens[at], targets[at] = keys[asked], values[asked]
-    return tokens, targets
-
-
-def rows(name: str, split: int, seed: int, begin: int, n: int, stretch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows begin to begin + n: tokens and targets (n, length)."""
-    made = [row(name, split, seed, i, stretch) for i in range(begin, begin + n)]
-    return tuple(torch.from_numpy(np.stack(part)) for part in zip(*made))
+def make(name: str) -> tasks.Task:
+    """A task of tasks.py, or with old- in front of its name: then rows of different splits are only unlikely to meet."""
+    task = tasks.make(name.removeprefix("old-"))
+    if name.startswith("old-"):
+        keyed = lambda split, seed, i: np.random.default_rng((tasks.SPLITS.index(split), seed, i))
+        task.row = lambda split, seed, i: task.draw(keyed(split, seed, i), split, i)
+    return task
 
 
 @torch.no_grad()
@@ -78,26 +47,26 @@ def accuracy(model: hope.Hope, tokens: torch.Tensor, targets: torch.Tensor) -> f
 
 def build(name: str, arch: str, **overrides) -> hope.Hope:
     """The yardstick's size: width 64, 2 layers, 2 heads."""
-    given = dict(d_model=64, n_head=2, n_layer=2, vocab_size=TASKS[name].vocab, cms_hidden=2.0)
+    given = dict(d_model=64, n_head=2, n_layer=2, vocab_size=make(name).vocab_size, cms_hidden=2.0)
     return hope.Hope(hope.HopeConfig.preset("tiny", arch, **{**given, **overrides}))
 
 
 class Result(NamedTuple):
     accuracy: float
     longer: float
-    reached: int  # steps to 95% on SELECTION rows, 0 if never
+    reached: int  # steps to 95% on selection rows, 0 if never
     steps: int
-    curve: list[float]  # accuracy on SELECTION rows every 50 steps
+    curve: list[float]  # accuracy on selection rows every 50 steps
     model: hope.Hope
 
 
 def train(
     name: str, arch: str = "hope", seed: int = 0, lr: float = 1e-2, steps: int = 0, stop: float = 99.0, **overrides
 ) -> Result:
-    """Train by AdamW; stops early once accuracy on SELECTION rows is `stop`. The reported rows are others."""
+    """Train by AdamW; stops early once accuracy on selection rows is `stop`. The reported rows are others."""
     torch.manual_seed(seed)
-    task, model = TASKS[name], build(name, arch, **overrides)
-    steps = steps or task.steps
+    task, model = make(name), build(name, arch, **overrides)
+    steps = steps or STEPS.get(task.name, 1000)
     groups = hope.param_groups(model)
     optimizer = torch.optim.AdamW(
         [{"params": groups["matrix"]}, {"params": groups["rest"], "weight_decay": 0.0}],
@@ -107,9 +76,9 @@ def train(
     )
     schedule = lambda i: min(1.0, (i + 1) / 20) * (1 - 0.9 * i / steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    held, curve, reached, n = rows(name, SELECTION, 0, 0, 128), [], 0, 0
+    held, curve, reached, n = task.rows("selection", 0, 0, 128), [], 0, 0
     for n in range(1, steps + 1):
-        tokens, targets = rows(name, TRAIN, seed, n * task.batch, task.batch)
+        tokens, targets = task.rows("train", seed, n * BATCH, BATCH)
         loss = F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,7 +90,8 @@ def train(
             reached = reached or (n if curve[-1] >= 95 else 0)
             if curve[-1] >= stop:
                 break
-    final = [accuracy(model, *rows(name, REPORT, 0, 0, 256, stretch)) for stretch in (1, 2)]
+    longer = make(f"{name},length={2 * task.length}")
+    final = [accuracy(model, *which.rows("test", 0, 0, 256)) for which in (task, longer)]
     return Result(*final, reached, n, curve, model)
 
 
@@ -233,7 +203,7 @@ def value(text: str):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="small", choices=TASKS)
+    parser.add_argument("--task", default="recall")
     parser.add_argument("--arch", default="hope", help="several with commas")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--lr", default="0.01")
