@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -456,6 +457,24 @@ def test_the_harness_measures_local_lines(run, copy_of, local_tasks, capsys):
     for row in one:
         same = found[row["task"], row["metric"], bool(row["memorize"])]
         assert row["value"] == pytest.approx(same["value"], rel=1e-5)
+
+
+def test_needles_are_made_and_sought_without_a_network(run, copy_of, monkeypatch):
+    """RULER's first task: a model that finds one of two needles has 0.5 at that length."""
+    for package in ("lm_eval", "wonderwords", "transformers"):
+        pytest.importorskip(package, reason='needs: pip install "nested-learning-hope[eval]"')
+    said = Reader.continuations
+
+    def finds_the_first(self, prompts, until, most, temperature):
+        assert len(prompts) == 2 and all(300 < len(prompt) < 600 for prompt in prompts)
+        needle = re.search(r"is: (\d+)\.", self.tokenizer.decode(prompts[0]))[1]
+        for i, text in said(self, prompts, until, 3, temperature):
+            yield i, needle if i == 0 else text
+
+    monkeypatch.setattr(Reader, "continuations", finds_the_first)
+    flags = ("--tasks", "niah_single_1", "--lengths", 512, "--limit", 2, "--memorize", "off")
+    [row] = [row for row in evaluate(copy_of(run), *flags) if row["metric"] == "512"]
+    assert row["task"] == "niah_single_1" and row["value"] == 0.5 and row["n"] == 2
 
 
 def test_data_that_is_not_there_is_named(run, copy_of, local_tasks, monkeypatch, capsys):
