@@ -233,10 +233,9 @@ def parity() -> dict:
 
 
 def tune(rates, score, seeds) -> tuple[float, dict[str, float]]:
-    """The rate with the best mean score, of equals the one nearest to the middle; and all scores."""
+    """The rate with the best mean score, of equals the smallest; and all scores."""
     tuned = {lr: round(sum(score(seed, lr) for seed in seeds) / len(seeds), 1) for lr in rates}
-    far = lambda lr: abs(rates.index(lr) - len(rates) // 2)
-    return max(rates, key=lambda lr: (tuned[lr], -far(lr))), {str(lr): a for lr, a in tuned.items()}
+    return max(tuned, key=tuned.get), {str(lr): a for lr, a in tuned.items()}
 
 
 def main() -> None:
