@@ -401,14 +401,17 @@ def lines_of(path: Path) -> list[dict]:
 
 
 class Results:
-    """RUN/evaluation.jsonl, a row for every figure; beside it, until a command is done, the answers it has so far."""
+    """RUN/evaluation.jsonl, a row for every figure; beside it, until a task is done, the answers to it so far."""
 
     def __init__(self, folder: Path):
         with explained(f"{folder} cannot be written", "give another folder by --out", OSError):
             folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.partial = folder / "evaluation.jsonl", folder / "evaluation.partial.jsonl"
+        self.path = folder / "evaluation.jsonl"
         self.rows = lines_of(self.path)
-        self.found = {row["key"]: row["answer"] for row in lines_of(self.partial)}
+
+    def partial(self, key: str) -> Path:
+        """Answers of one task, so that commands that run side by side do not meet."""
+        return self.path.with_name(f"evaluation.{key}.jsonl")
 
     def of(self, key: str) -> list[dict]:
         return [row for row in self.rows if row["key"] == key]
@@ -418,25 +421,27 @@ class Results:
         self.rows = [row for row in self.rows if row["key"] != key] + rows
         with open(self.path, "a") as f:
             f.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.partial(key).unlink(missing_ok=True)
 
-    def ask(self, scope: str, items: Sequence[Any], compute: Callable, title: str, afresh: bool = False) -> list[Any]:
+    def ask(self, key: str, items: Sequence[Any], compute: Callable, title: str, afresh: bool = False) -> list[Any]:
         """Answers to items, which name themselves as JSON.
 
         `compute` takes the places of those that have none yet, and yields for each its place among them and its answer.
         afresh: of all of them, since each changes the next.
         """
-        keys = [fingerprint([scope, item]) for item in items]
-        left = [i for i, key in enumerate(keys) if afresh or key not in self.found]
+        found = {row["item"]: row["answer"] for row in lines_of(self.partial(key))}
+        names = [fingerprint(item) for item in items]
+        left = [i for i, name in enumerate(names) if afresh or name not in found]
         # A line that a killed process has begun ends here.
         with tqdm(total=len(items), initial=len(items) - len(left), desc=title, disable=None) as bar:
-            with open(self.partial, "a") as f:
+            with open(self.partial(key), "a") as f:
                 f.write("\n")
                 for place, answer in compute(left):
-                    self.found[keys[left[place]]] = answer
-                    f.write(json.dumps({"key": keys[left[place]], "answer": answer}) + "\n")
+                    found[names[left[place]]] = answer
+                    f.write(json.dumps({"item": names[left[place]], "answer": answer}) + "\n")
                     f.flush()
                     bar.update()
-        return [self.found[key] for key in keys]
+        return [found[name] for name in names]
 
 
 Ask = Callable[[Sequence[Any], Callable], list[Any]]  # `Results.ask` for one task
@@ -735,8 +740,6 @@ def main(argv: list[str] | None = None) -> int:
             report.plot(rows, results.path.parent)
     for failure in failures:
         print(f"evaluation.py: not measured: {failure}", file=sys.stderr)
-    if not failures:
-        results.partial.unlink(missing_ok=True)
     return 2 if failures else 0
 
 

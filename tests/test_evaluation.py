@@ -236,21 +236,22 @@ def test_an_evaluation_that_was_killed_goes_on(run, copy_of, monkeypatch):
     """A process killed while it reads: what it had answered is not asked again, and the figures are the same."""
     run, whole = copy_of(run), None
     flags = [str(run), "--tasks", "position,length=400", "--limit", "12", "--memorize", "on", "--batch-size", "1"]
-    partial = run / "evaluation.partial.jsonl"
+    partials = lambda: [*run.glob("evaluation.*.jsonl")]  # one for each task under way
     process = subprocess.Popen([sys.executable, evaluation.__file__, *flags], stderr=subprocess.DEVNULL)
     for _ in range(1200):
-        if partial.exists() and len(evaluation.lines_of(partial)) >= 2 or process.poll() is not None:
+        if any(len(evaluation.lines_of(path)) >= 2 for path in partials()) or process.poll() is not None:
             break
         time.sleep(0.05)
     process.kill()
     process.wait()
+    [partial] = partials()
     done = len(evaluation.lines_of(partial))
     assert 2 <= done < 12
     partial.write_text(partial.read_text()[:-20])  # as if it had been killed in writing
     read, losses = [], Reader.losses
     monkeypatch.setattr(Reader, "losses", lambda self, rows: read.append(len(rows)) or losses(self, rows))
     rows = evaluate(*flags)
-    assert read == [12 - done + 1] and not partial.exists()
+    assert read == [12 - done + 1] and not partials()
     monkeypatch.undo()
     whole = evaluate(*flags, "--out", run.parent / "other")
     assert whole == rows and (whole := evaluation.lines_of(run.parent / "other" / "evaluation.jsonl"))
