@@ -40,9 +40,8 @@ continuum memory system, are written while it reads.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-prompt = tokenizer("The ", return_tensors="pt").input_ids
+{prompt}
 said = model.generate(prompt, max_new_tokens=100)                 # its state takes the place of a cache
 said = model.generate(prompt, max_new_tokens=100, memorize=True)  # the levels also learn from the prompt
 loss, state = model.hope.observe(prompt)                          # and from any text, before it goes on
@@ -50,6 +49,10 @@ loss, state = model.hope.observe(prompt)                          # and from any
 
 It needs torch, einops and safetensors. Prompts of a batch are of one length: there is no padding.
 """
+
+TEXT = """tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+prompt = tokenizer("The ", return_tensors="pt").input_ids"""
+TOKENS = """prompt, targets = tasks.make("{task}").rows("test", 0, 0, 4)  # its tokens are numbers; tasks.py of the project"""
 
 
 def card(model: Hope, about: dict[str, Any], figures: dict[str, Any]) -> str:
@@ -68,7 +71,8 @@ def card(model: Hope, about: dict[str, Any], figures: dict[str, Any]) -> str:
     if held_out:
         rows["held out"] = ", ".join([*held_out, f"at step {figures['step']:,}"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return CARD.format(arch=run["arch"], size=size, table=table)
+    prompt = TEXT if not run["data"].startswith("task:") else TOKENS.format(task=run["data"].removeprefix("task:"))
+    return CARD.format(arch=run["arch"], size=size, table=table, prompt=prompt)
 
 
 def write_folder(folder: Path, model: Hope, tokenizer: Any, about: dict[str, Any], figures: dict[str, Any]) -> None:

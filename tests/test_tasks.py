@@ -545,7 +545,9 @@ def test_a_task_is_planned_exported_and_begun_from(in_a_directory, capsys):
     assert "32 sequences of 16 tokens" in capsys.readouterr().out and not Path("runs").exists()
     assert train.main([*TINY, "--data", EASY, "--steps", "1"]) == 0
     assert train.main(["--export", "runs/recall"]) == 0
-    assert {p.name for p in Path("runs/recall/export").iterdir()} == {"config.json", "model.safetensors"}
+    exported = {p.name for p in Path("runs/recall/export").iterdir()}
+    assert exported >= {"config.json", "model.safetensors"} and "tokenizer.json" not in exported
+    assert "tokenizer = " not in Path("runs/recall/export/README.md").read_text()
     again = ["--init-from", "runs/recall/export", "--data", EASY, "--steps", "1", "--out", "again"]
     assert train.main(again) == 0
     capsys.readouterr()
