@@ -626,6 +626,11 @@ def inner_gradients(
 GATES = {"eta": F.softplus, "alpha": torch.sigmoid, "theta": torch.sigmoid}
 
 
+def fixed_retention(n_head: int, device: torch.device | None = None) -> Tensor:
+    """RetNet's retention, a number for every head: (n_head,)."""
+    return 1 - 2.0 ** -(5 + torch.arange(n_head, device=device))
+
+
 class Gate(nn.Module):
     """(b, h, c, e) -> (b, h, c): a scalar per head, read out of an adaptive memory's output."""
 
@@ -847,7 +852,7 @@ class Memory(SequenceLayer):
         if c.decay == "none":
             streams["alpha"] = ones
         elif c.decay == "fixed":  # RetNet's
-            streams["alpha"] = ones * (1 - 2.0 ** -(5 + torch.arange(c.n_head, device=x.device)))[:, None]
+            streams["alpha"] = ones * fixed_retention(c.n_head, x.device)[:, None]
         return streams
 
     def _scan(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
