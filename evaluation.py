@@ -60,8 +60,8 @@ GROUPS = {
     "recall": ["swde", "fda", "squad_completion", "nq_open", "triviaqa", "drop"],
     "ruler": [f"niah_{name}" for name in NEEDLES],
     "babilong": [f"babilong_qa{i}" for i in range(1, 21)],
-    "mad": ["compression", "in-context-recall", "fuzzy-recall", "selective-copying", "memorisation", "noisy-recall"],
-    "formal": ["parity", "aa", "abab", "anbn", "anbncn", "shuffle-2"],
+    "mad": [*report.MAD, "noisy-recall"],
+    "formal": [*tasks.LANGUAGES],
 }  # fmt: skip
 
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from tasks import LANGUAGES
+
 MAD = ("compression", "in-context-recall", "fuzzy-recall", "selective-copying", "memorisation")
-LANGUAGES = ("parity", "aa", "abab", "anbn", "anbncn", "shuffle-2")
 
 
 class Layout(NamedTuple):
