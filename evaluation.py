@@ -47,7 +47,8 @@ import report
 import tasks
 import train
 from data import Corpus, PretrainedTokenizer, Source, UserError, explained, fingerprint
-from hope import INF, Hope, HopeState, check_settings, setting
+from hope import INF, Hope, HopeState
+from settings import check_settings, setting
 from train import TrainConfig
 
 # ---- Settings ----

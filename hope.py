@@ -7,9 +7,10 @@ version's. In the order of this file:
     HopeState and its parts        what is carried between two calls, so that a stream may be cut anywhere
     Memory, Attention              sequence layers: `Memory.preset("hope", d_model=256)`
     MLP, CMS, Block, Hope          the model: `forward` reads a stream, `observe` learns from it, `generate` goes on
-    load, from_pretrained          a model of train.py; a pre-trained Transformer as Hope-Attention (sec. 7.3)
-    param_groups, slow_groups      what is given to the outer optimizer (torch's or one of optim.py)
-    levels                         who learns what, from what and how often (Definition 2)
+
+What works on a model without being a part of it stands elsewhere and is found here as well: `hope.load` and
+`hope.from_pretrained` in pretrained.py, `hope.levels` and `hope.param_groups` in levels.py. Below this file is
+kernels.py, which computes the writes; above it, train.py.
 
 What to know before reading:
 
@@ -23,86 +24,53 @@ What to know before reading:
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, partial, wraps
 from itertools import islice
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from kernels import EPS, chunk_gates, dgd_chunk, in_float32, memory_scan, scans, uses_triton
+from settings import check_preset, check_rules, check_settings, require, setting
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
+# What works on a model and is no part of it, by the file where it stands.
+ELSEWHERE = {
+    **dict.fromkeys(("Level", "Levels", "levels", "param_groups", "slow_groups"), "levels"),
+    **dict.fromkeys(("from_pretrained", "load"), "pretrained"),
+}
 __all__ = [
-    "CMS", "GATES", "INF", "MLP", "Attention", "Block", "FastMLP", "Hope", "HopeConfig", "HopeState", "Level", "Levels",
-    "Memory", "MemoryConfig", "apply_memory", "compile_parts", "from_pretrained", "levels", "load", "make_layer",
-    "map_state", "param_groups", "rotate", "sample", "slow_groups", "token_loss",
+    "CMS", "GATES", "INF", "MLP", "Attention", "Block", "FastMLP", "Hope", "HopeConfig", "HopeState", "Memory",
+    "MemoryConfig", "apply_memory", "compile_parts", "make_layer", "map_state", "rotate", "sample", "token_loss", *ELSEWHERE,
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """A name of ELSEWHERE, looked up when it is asked for, since those files import this one."""
+    if name in ELSEWHERE:
+        return getattr(importlib.import_module(ELSEWHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 INF = float("inf")
 
 
 # ---- Configuration ----
-
-
-def require(holds: Any, message: str) -> None:
-    """ValueError with this message unless it holds."""
-    if not holds:
-        raise ValueError(message)
-
-
-def check_preset(kind: str, name: str, table: dict) -> None:
-    require(name in table, f"no {kind} called {name!r}; choose one of: {', '.join(table)}")
-
-
-LIMITS = {"least": ("at least", operator.ge), "above": ("above", operator.gt),
-          "most": ("at most", operator.le), "below": ("below", operator.lt)}  # fmt: skip
-KINDS = {int: Integral, float: Real}
-
-
-def setting(default: Any, text: str, **limits: float) -> Any:
-    """A config field; `text` is what `train.py --help` says of it. Its value, or each of a tuple, keeps to LIMITS."""
-    return field(default=default, metadata={"help": text, "limits": limits})
-
-
-def check_settings(config: Any) -> None:
-    """ValueError for a field of another type than it is annotated with, none of its choices, or beyond its limits."""
-    hints = get_type_hints(type(config))
-    for f in fields(config):
-        hint, value, limits = hints[f.name], getattr(config, f.name), f.metadata.get("limits", {})
-        given = f"{f.name} is {value!r}"
-        if get_origin(hint) is Literal:
-            require(value in get_args(hint), f"{given}; allowed: {', '.join(map(str, get_args(hint)))}")
-            continue
-        if get_origin(hint) is tuple:
-            require(isinstance(value, tuple), f"{given}; give a tuple, such as {f.default}")
-            hint = get_args(hint)[0]
-        allowed = " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
-        for one in value if isinstance(value, tuple) else (value,):
-            require(isinstance(one, KINDS.get(hint, hint)), f"{given}; it must be of type {hint.__name__}")
-            fits = all(LIMITS[name][1](one, limit) for name, limit in limits.items())
-            require(fits, f"{given}; it must be {allowed}")
-
-
-def check_rules(config: Any, *rules: tuple[Any, str]) -> None:
-    """ValueError with the message of the first rule that does not hold; {name} in it stands for a field."""
-    for holds, message in rules:
-        require(holds, message.format_map(vars(config)))
 
 
 @dataclass(frozen=True)
@@ -1510,375 +1478,3 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_p is not None:
         p[p.cumsum(-1) - p >= top_p] = 0
     return order.gather(-1, torch.multinomial(p, 1))
-
-
-# ---- Models from files ----
-
-
-def load(folder: str | Path) -> Hope:
-    """The model of a run of train.py, by its newest checkpoint, or of an export; on the CPU, to read with or to go on.
-
-    Where the run keeps averaged weights (`--ema`) they are those of the model. ValueError for any other folder.
-    Nothing is unpickled. Whether files were altered is for `train.py --resume` to check.
-    """
-    folder = Path(folder)
-    exported, checkpoints = folder / "model.safetensors", sorted((folder / "checkpoints").glob("step-*"))
-    given = f"{folder} is neither a run with a checkpoint nor an export"
-    found = (folder / "config.json").exists() and (exported.exists() or checkpoints)
-    require(found, f"{given}; give one that train.py made, such as runs/tiny")
-    model = Hope(HopeConfig.from_dict(json.loads((folder / "config.json").read_text())["model"])).eval()
-    if exported.exists():
-        model.load_state_dict(load_file(exported))
-        return model
-    from torch.distributed.checkpoint import HuggingFaceStorageReader  # takes a second
-    from torch.distributed.checkpoint import load as load_checkpoint
-
-    reader, weights = HuggingFaceStorageReader(str(checkpoints[-1])), {}
-    stored = reader.read_metadata().state_dict_metadata
-    for name, p in model.named_parameters():
-        average = f"EMA.{name}.average"
-        weights[average if average in stored else f"model.{name}"] = p.detach()
-    load_checkpoint(weights, storage_reader=reader, no_dist=True)  # in place
-    return model
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one kind of pre-trained model maps to Hope-Attention."""
-
-    settings: dict[str, Any]
-    norm_eps: str  # what its config calls it
-    requires: dict[str, tuple]  # options of its config, and the values that Hope-Attention can stand for
-    column: int  # of OUTER and INNER
-    layers: str  # where its blocks are
-
-
-# Modules of Hope, of Llama's family and of GPT-2's; of several in one place, each is a slice of the rows.
-OUTER = {
-    "embed": ("model.embed_tokens", "transformer.wte"),
-    "embed_position": ("", "transformer.wpe"),
-    "norm": ("model.norm", "transformer.ln_f"),
-    "head": ("lm_head", "lm_head"),
-}
-INNER = {
-    "norm": ("input_layernorm", "ln_1"),
-    "memory.to_q memory.to_k memory.to_v": ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn.c_attn"),
-    "memory.to_y": ("self_attn.o_proj", "attn.c_proj"),
-    "cms.levels.0.norm": ("post_attention_layernorm", "ln_2"),
-    "cms.levels.0.w_in": ("mlp.gate_proj mlp.up_proj", "mlp.c_fc"),
-    "cms.levels.0.w_out": ("mlp.down_proj", "mlp.c_proj"),
-}
-LLAMA = Family(
-    dict(norm="rms", mlp="swiglu", rotary=True), "rms_norm_eps",
-    {"hidden_act": ("silu",), "use_sliding_window": (False,)}, 0, "model.layers",
-)  # fmt: skip
-GPT2 = Family(
-    dict(norm="layer", mlp="gelu", rotary=False), "layer_norm_epsilon",
-    {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
-     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}, 1, "transformer.h",
-)  # fmt: skip
-FAMILIES = {"LlamaForCausalLM": LLAMA, "MistralForCausalLM": LLAMA, "Qwen2ForCausalLM": LLAMA, "GPT2LMHeadModel": GPT2}
-
-
-def from_pretrained(
-    model_or_path: Any, *, cms: Sequence[float] = (64,), cms_rate: Sequence[float] = (0.01,), **overrides: Any
-) -> Hope:
-    """A pre-trained Transformer as Hope-Attention, its MLPs the start states of a CMS (sec. 7.3).
-
-    The first level of every CMS is the pre-trained MLP. Further levels have the same shape and start with w_out = 0:
-    they add nothing until they are written. So with rates 0 the logits are the original's, and with `cms=(inf, 64)`
-    the pre-trained MLPs stay as they are and only what is stacked on them is written.
-
-    Args:
-        model_or_path: a Llama, Mistral, Qwen2 or GPT-2 language model of transformers, or what its
-            `AutoModelForCausalLM.from_pretrained` takes: a name or a folder. The weights are copied, as float32.
-        cms, cms_rate: chunk size of every level and inner step sizes, as in HopeConfig. Pre-trained weights bear small
-            steps only: SmolLM2-135M gains at 0.01 with chunks of 64, and is badly hurt at 0.1 with chunks of 256.
-        overrides: fields of HopeConfig or MemoryConfig that the checkpoint does not fix, such as `wiring`; with a name
-            or a folder, anything else is passed on to transformers, such as `gguf_file`.
-
-    Raises ImportError without transformers, and ValueError for a kind of model or an option of its that Hope-Attention
-    cannot stand for, or for an override of what the checkpoint fixes.
-    """
-    known = {f.name for config in (HopeConfig, MemoryConfig) for f in fields(config)}
-    extra = {name: overrides.pop(name) for name in set(overrides) - known}
-    if isinstance(model_or_path, nn.Module):
-        require(not extra, f"unknown setting {sorted(extra)}; see HopeConfig and MemoryConfig for the names")
-        model = model_or_path
-    else:
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError:
-            raise ImportError('transformers is missing; run: pip install "nested-learning-hope[pretrained]"') from None
-        model = AutoModelForCausalLM.from_pretrained(model_or_path, **extra)
-    return take_over(Hope(pretrained_config(model, cms, cms_rate, **overrides)), model)
-
-
-def pretrained_config(
-    model: nn.Module, cms: Sequence[float] = (64,), cms_rate: Sequence[float] = (0.01,), **overrides: Any
-) -> HopeConfig:
-    """Of what `from_pretrained` makes of a model of transformers, which may be on the meta device."""
-    kind = type(model).__name__
-    require(kind in FAMILIES, f"cannot take over a {kind}; allowed: {', '.join(FAMILIES)}")
-    settings = pretrained_settings(model, FAMILIES[kind])
-    fixed = set(overrides) & set(settings)
-    require(not fixed, f"the checkpoint fixes {', '.join(sorted(fixed))}; leave out what is fixed")
-    return HopeConfig.preset(cms=tuple(cms), cms_rate=tuple(cms_rate), **settings, **overrides)
-
-
-@torch.no_grad()
-def take_over(new: Hope, model: nn.Module) -> Hope:
-    """`new`, which has the config of `model`, with its weights."""
-    family = FAMILIES[type(model).__name__]
-    blocks = [(block, model.get_submodule(family.layers)[i], INNER) for i, block in enumerate(new.blocks)]
-    for ours, theirs, names in [(new, model, OUTER), *blocks]:
-        for name, columns in names.items():
-            if columns[family.column] and (name != "head" or not new.config.tied):
-                copy_modules(modules_of(ours, name), modules_of(theirs, columns[family.column]))
-    for block in new.blocks:
-        for level in block.cms.levels[1:]:
-            level.w_out.weight.zero_()
-    return new
-
-
-def pretrained_settings(model: nn.Module, family: Family) -> dict[str, Any]:
-    """Fields of HopeConfig and MemoryConfig with which Hope computes what `model` does. ValueError if none do."""
-    c, embed = model.config, model.get_input_embeddings().weight
-    d_model = c.hidden_size
-    # transformers 4 has rope_theta and, for other kinds than the default, rope_scaling; 5 has rope_parameters.
-    rope = {"rope_theta": getattr(c, "rope_theta", 10000.0)}
-    rope |= (getattr(c, "rope_scaling", None) or {}) | (getattr(c, "rope_parameters", None) or {})
-    found = {name: (getattr(c, name, allowed[0]), allowed) for name, allowed in family.requires.items()}
-    found["rope_type"] = rope.get("rope_type", rope.get("type", "default")), ("default",)
-    found["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0), (1.0,)
-    found["head_dim"] = getattr(c, "head_dim", None), (None, d_model / c.num_attention_heads)
-    for name, (value, allowed) in found.items():
-        require(value in allowed, f"this checkpoint has {name} {value!r}; allowed: {', '.join(map(str, allowed))}")
-    biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
-    [w_out] = modules_of(model.get_submodule(family.layers)[0], INNER["cms.levels.0.w_out"][family.column])
-    return family.settings | dict(
-        memory="attention", depth=0, pattern=("memory",), project=True, conv=0, qk_norm=False, y_norm=False,
-        vocab_size=len(embed), d_model=d_model, n_layer=c.num_hidden_layers, n_head=c.num_attention_heads,
-        n_kv_head=getattr(c, "num_key_value_heads", None) or 0, window=getattr(c, "sliding_window", None) or 0,
-        rope_theta=rope["rope_theta"], n_position=0 if family.settings["rotary"] else c.max_position_embeddings,
-        norm_eps=getattr(c, family.norm_eps), bias=any("attn." in name for name in biases),
-        mlp_bias=any("mlp." in name for name in biases), cms_hidden=w_out.weight.numel() / d_model**2,
-        tied=model.get_output_embeddings().weight is embed,
-    )  # fmt: skip
-
-
-def modules_of(model: nn.Module, names: str) -> list[nn.Module]:
-    return [model.get_submodule(name) for name in names.split()]
-
-
-def copy_modules(ours: list[nn.Module], theirs: list[nn.Module]) -> None:
-    """Copy weights and biases; of several modules on one side, the rows are joined and split."""
-    for kind in ("weight", "bias"):
-        if getattr(theirs[0], kind, None) is None:  # a bias that only we have stays 0
-            continue
-        turned = kind == "weight" and type(theirs[0]).__name__ == "Conv1D"
-        rows = torch.cat([getattr(m, kind).T if turned else getattr(m, kind) for m in theirs])
-        targets = [getattr(m, kind) for m in ours]
-        for target, part in zip(targets, rows.split([len(t) for t in targets])):
-            target.copy_(part)
-
-
-# ---- Levels and parameter groups ----
-
-
-def param_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Split parameters for the outer optimizer: "matrix" for Muon and its like, "rest" for AdamW.
-
-    A matrix maps one representation to another. Embeddings, the output head, norms, gates, convolutions and the start
-    states of memories (stacks of small matrices, one for every head) belong to the rest.
-    """
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "rest": []}
-    for name, p in model.named_parameters():
-        inner = p.ndim == 2 and name.endswith("weight") and not any(s in name for s in ("embed", "head", "gates"))
-        groups["matrix" if inner else "rest"].append(p)
-    return groups
-
-
-def slow_groups(model: Hope, seq_len: int) -> list[dict[str, Any]]:
-    """Blocks of the CMS whose chunk C is longer than a training sequence, as parameter groups with a `period` in steps.
-
-    The sequences of a batch are streams side by side, each seq_len tokens longer after every step, so C tokens take
-    C / seq_len steps, rounded up. `optim.Accumulate` makes the blocks' start states move once in so many.
-    """
-    groups = []
-    for i, chunk in enumerate(model.config.cms):
-        if seq_len < chunk < INF:
-            params = [p for block in model.blocks for p in block.cms.levels[i].parameters()]
-            groups.append({"params": params, "period": math.ceil(chunk / seq_len), "chunk": int(chunk)})
-    return groups
-
-
-@dataclass(frozen=True)
-class Level:
-    """One component of a model or optimizer, seen as an associative memory with a frequency of its own."""
-
-    component: str
-    period: float | None  # tokens between two updates, 0 for "solved anew at every token", None for the outer step
-    context: str
-    objective: str
-    rule: str
-    size: int  # numbers that move: per sequence for states, in all for parameters
-    steps: int = 1  # outer steps between two updates, where period is None
-    rank: int = 0  # of components that move equally often: one whose next state needs the other's comes after it
-    level: int = 0  # 1 is the fastest; `levels` counts
-
-    @property
-    def order(self) -> tuple[float, int, int]:
-        """Grows from fast to slow (Definition 2)."""
-        return INF if self.period is None else self.period, self.steps, self.rank
-
-    @property
-    def every(self) -> str:
-        if self.period is None:
-            return "outer step" if self.steps == 1 else f"{self.steps} outer steps"
-        return f"{self.period:g} tokens" if self.period > 1 else "token"
-
-
-class Levels(list[Level]):
-    """Levels from fastest to slowest; prints as a table."""
-
-    # Kinds of clock and their colours, the same throughout the book (book/style.mplstyle); the faster, the lighter.
-    CLOCKS = (
-        ("solved anew", "#9b3f86"),
-        ("every token", "#e69f00"),
-        ("every chunk", "#2a8f83"),
-        ("outer step", "#1b3a6b"),
-    )
-
-    def __str__(self) -> str:
-        head = ("level", "component", "every", "context", "objective", "rule", "numbers")
-        rows = [(str(r.level), r.component, r.every, r.context, r.objective, r.rule, f"{r.size:,}") for r in self]
-        widths = [max(map(len, column)) for column in zip(head, *rows)]
-        line = lambda row: "  ".join(c.ljust(w) for c, w in zip(row[:-1], widths)) + "  " + row[-1].rjust(widths[-1])
-        return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
-
-    def plot(self, step: int = 512, ax: Any = None) -> Any:
-        """Draw when each component moves, over two outer steps of `step` tokens; returns the matplotlib axes."""
-        import matplotlib.pyplot as plt
-
-        ax = ax or plt.subplots(figsize=(6.4, 0.8 + 0.31 * len(self)), layout="constrained")[1]
-        for row, level in enumerate(self):
-            period = max(1, int(step * level.steps if level.period is None else level.period))
-            kind, color = self.CLOCKS[3 if level.period is None else min(2, math.ceil(level.period))]
-            label = None if kind in ax.get_legend_handles_labels()[1] else kind
-            moves = range(period, 2 * step + 1, period)
-            ax.vlines(moves, row - 0.38, row + 0.38, color=color, linewidth=2, label=label)
-        ax.set(xlabel="tokens", xlim=(0, 2 * step * 1.01), xticks=range(0, 2 * step + 1, max(1, step // 4)))
-        ax.set_yticks(range(len(self)), [f"{level.component}  {level.level}" for level in self])
-        ax.invert_yaxis()
-        ax.grid(False)
-        ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1.0), handlelength=0.8, frameon=False)
-        return ax
-
-
-# What an optimizer keeps for its parameters, as memories of the gradient: name of the buffer -> objective, rule. A rule
-# may name the optimizer's settings. By the name of its class: this file and optim.py need not know each other.
-BUFFERS = {
-    "AdamW": {"first moment": ("-<m, g>", "EMA (eq. 33)"), "second moment": ("-<v, g^2>", "EMA")},
-    "Muon": {"momentum": ("-<m, g>", "EMA (eq. 42)")},
-    "SGD": {},
-    "Accumulate": {"sum": ("-<m, g>", "GD, emptied once moved by")},
-    "DGD": {},
-    "DeltaMomentum": {"momentum": ("1/2 |m g^T + I|^2", "delta GD with decay (eq. 49)")},
-    "PreconditionedMomentum": {
-        "momentum": ("-<m, P(g)>", "GD with decay (eq. 47)"),
-        "preconditioner": ("mean of g^2 or g g^T", "EMA, {preconditioner}"),
-    },
-    "DeepMomentum": {"MLP": ("1/2 |m(g) + g|^2", "GD with decay (eq. 50)")},
-    "M3": {
-        "fast momentum": ("-<m, g>", "EMA (Alg. 1)"),
-        "second moment": ("-<v, g^2>", "EMA"),
-        "slow momentum": ("-<m, g>", "EMA (eq. 75)"),
-    },
-}
-
-
-def buffer_size(optimizer: torch.optim.Optimizer, buffer: str) -> int:
-    """Numbers in one of the BUFFERS of an optimizer."""
-    size = 0
-    for group in optimizer.param_groups:
-        shapes = [(len(p), math.prod(p.shape[1:])) for p in group["params"] if p.ndim > 1]  # as matrices
-        if buffer == "MLP":  # one for every shape
-            widths = [min(shape) for shape in set(shapes)]
-            size += sum(2 * d * max(1, round(group["hidden"] * d)) for d in widths)
-        elif buffer != "preconditioner" or group["preconditioner"] == "diagonal":
-            size += sum(p.numel() for p in group["params"])
-        elif group["preconditioner"] == "kronecker":
-            size += sum(m * m + n * n for m, n in shapes)
-    return size
-
-
-def levels(model: Hope, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = ()) -> Levels:
-    """Every component of `model` and of the optimizers that train it, ordered by update frequency (Definition 2).
-
-    A component is faster than another if it moves more often, or as often and the other's next state needs its own.
-    Raises ValueError for another kind of model, and for an optimizer whose memories are not known here.
-    """
-    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    require(isinstance(model, Hope), f"levels are those of a hope.Hope, not of a {type(model).__name__}")
-    for one in optimizers:
-        kind = type(one).__name__
-        require(kind in BUFFERS, f"levels knows nothing of the optimizer {kind}; allowed: {', '.join(BUFFERS)}")
-    found = model_levels(model) + optimizer_levels(optimizers) + parameter_levels(model, optimizers)
-    found.sort(key=lambda row: row.order)
-    orders = sorted({row.order for row in found})
-    return Levels(replace(row, level=orders.index(row.order) + 1) for row in found)
-
-
-def model_levels(model: Hope) -> list[Level]:
-    """What is written in context: the sequence layers and the CMS."""
-    c, m, layers, found = model.config, model.config.memory, [block.memory for block in model.blocks], []
-    attention = [layer for layer in layers if isinstance(layer, Attention)]
-    memories = [layer for layer in layers if isinstance(layer, Memory)]
-    if attention:
-        window = attention[0].config.window
-        seen = f"last {window} tokens" if window else "all tokens so far"
-        found.append(Level("softmax attention", 0, seen, "regression (eq. 62)", "solved exactly", 0))
-    loss = "1/2 |M k - v|^2" if m.objective == "l2" else "-<M k, v>"
-    rule = "delta GD (eq. 88)" if m.rule == "dgd" else "GD (eq. 17)"
-    pairs = "keys, own values" if m.self_values else "keys, values"
-    for part in reversed(memories[0].parts) if memories else ():
-        size = len(memories) * sum(w.numel() for w in memories[0].start_weights(part))
-        short = "memory M" if part == "main" else ",".join(memories[0].adaptive)
-        period = m.chunk_proj if part == "proj" else m.chunk if m.read == "chunk" else 1
-        if m.momentum:
-            found.append(Level(f"{short}: momentum", period, "inner gradients", "-<m, g>", "EMA", size))
-        found.append(Level("memories " * (part == "proj") + short, period, pairs, loss, rule, size, rank=1))
-    for i in c.written:
-        size = c.n_layer * sum(w.numel() for w in model.blocks[0].cms.levels[i].matrices)
-        name = f"CMS, C = {c.cms[i]:g}"
-        found.append(Level(name, c.cms[i], "the stream", "next-token loss", "GD (eq. 71)", size, rank=2))
-    return found
-
-
-def optimizer_levels(optimizers: Sequence[torch.optim.Optimizer]) -> list[Level]:
-    """What optimizers keep."""
-    found = []
-    for optimizer in optimizers:
-        kind, settings = type(optimizer).__name__, optimizer.param_groups[0]
-        for buffer, (objective, rule) in BUFFERS[kind].items():
-            size, steps = buffer_size(optimizer, buffer), settings["every"] if buffer == "slow momentum" else 1
-            if size:
-                name, rule = f"{kind}: {buffer}", rule.format(**settings)
-                found.append(Level(name, None, "outer gradients", objective, rule, size, steps))
-    return found
-
-
-def parameter_levels(model: Hope, optimizers: Sequence[torch.optim.Optimizer]) -> list[Level]:
-    """What optimizers move: parameters that `optim.Accumulate` holds back, and the others."""
-    movers = [type(o).__name__ for o in optimizers if type(o).__name__ != "Accumulate"]
-    rule, found = " and ".join(movers) or "no optimizer given", []
-    rest = sum(p.numel() for p in model.parameters())
-    for optimizer in optimizers:
-        for group in optimizer.param_groups if type(optimizer).__name__ == "Accumulate" else ():
-            name = f"CMS, C = {group['chunk']}: start state" if "chunk" in group else "slow parameters"
-            size, period = sum(p.numel() for p in group["params"]), group["period"]
-            found.append(Level(name, None, "training text", "next-token loss", rule, size, period, rank=3))
-            rest -= size
-    name = "parameters, start states"
-    return [*found, Level(name, None, "training text", "next-token loss", rule, rest, rank=3)]

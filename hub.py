@@ -11,6 +11,7 @@ Nothing in it tells where on a machine the run was, or what files it read.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def write_folder(folder: Path, model: Hope, tokenizer: Any, about: dict[str, Any
         tokenizer.save(folder)
         ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
         write_atomically(folder / "generation_config.json", json.dumps(ids | {"do_sample": True}) + "\n")
-    for name in ("hope.py", "kernels.py", "modeling_hope.py"):  # as parts of one package
-        code = (CODE / name).read_text().replace("\nfrom kernels import", "\nfrom .kernels import")
+    for name in ("hope.py", "kernels.py", "settings.py", "modeling_hope.py"):  # as parts of one package
+        code = re.sub("^from (kernels|settings) import", r"from .\1 import", (CODE / name).read_text(), flags=re.M)
         write_atomically(folder / name, code)
     write_atomically(folder / "README.md", card(model, about, figures))
     for_transformers = {

@@ -2,9 +2,10 @@
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-hope.py and kernels.py are copies of the project's. Instead of a cache of keys and values the model carries a
-`HopeState`: its memories are written as it reads. With `memorize=True`, in `forward` and `generate`, its continuum
-memory system learns from the prompt as well. `model.hope` is the model itself, with `observe`, `stream` and the rest.
+hope.py, kernels.py and settings.py are copies of the project's. Instead of a cache of keys and values the model
+carries a `HopeState`: its memories are written as it reads. With `memorize=True`, in `forward` and `generate`, its
+continuum memory system learns from the prompt as well. `model.hope` is the model itself, with `observe`, `stream` and
+the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from . import kernels  # noqa: F401  so that it is copied with this file
 from .hope import Hope, HopeConfig, HopeState, token_loss
 
 

@@ -26,7 +26,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from hope import require
+from settings import require
 
 SPLITS = ("train", "selection", "test")
 NOTHING = -100  # the target where nothing is asked

@@ -72,6 +72,7 @@ import hope
 import hub
 import kernels
 import optim
+import pretrained
 import tasks
 from data import (
     Corpus,
@@ -91,7 +92,8 @@ from data import (
     tokenizer_in,
     write_atomically,
 )  # fmt: skip
-from hope import INF, Hope, HopeConfig, MemoryConfig, check_settings, setting
+from hope import INF, Hope, HopeConfig, MemoryConfig
+from settings import check_settings, setting
 
 # A state's tensors may be views, which nothing writes in place.
 warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
@@ -1363,7 +1365,7 @@ def init_from(model: Hope, tokenizer: Tokenizer | None, folder: Path) -> None:
         if (rows := len(other.get_input_embeddings().weight)) != size:
             what = f"{folder} has embeddings for {rows:,} kinds of tokens, and the data has {size:,}"
             raise UserError(f"{what}; leave --tokenizer out, so that its own is taken")
-        hope.take_over(model, other)
+        pretrained.take_over(model, other)
         return
     fix = "give a folder that --export made"
     with explained(f"{folder} cannot be used", fix, Exception):
@@ -1461,7 +1463,7 @@ def configs(args: argparse.Namespace) -> tuple[TrainConfig, HopeConfig]:
         return config, HopeConfig.preset(config.size, config.arch, **outer, **inner)
     if not args.resume and (theirs := of_transformers(Path(folder))):
         base = {"arch": "hope-attention", "tokenizer": folder, "out": f"runs/{Path(folder).resolve().name}"}
-        return TrainConfig(**base | settings), hope.pretrained_config(theirs(), **outer, **inner)
+        return TrainConfig(**base | settings), pretrained.pretrained_config(theirs(), **outer, **inner)
     config, model, _ = from_json(Path(folder, "config.json"))
     base = {"size": config.size, "arch": config.arch, "tokenizer": tokenizer_in(Path(folder))}
     settings = asdict(config) | settings | {"out": folder} if args.resume else base | settings
