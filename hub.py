@@ -88,7 +88,9 @@ def write_folder(folder: Path, model: Hope, tokenizer: Any, about: dict[str, Any
         ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
         write_atomically(folder / "generation_config.json", json.dumps(ids | {"do_sample": True}) + "\n")
     for name in ("hope.py", "kernels.py", "settings.py", "modeling_hope.py"):  # as parts of one package
-        code = re.sub("^from (kernels|settings) import", r"from .\1 import", (CODE / name).read_text(), flags=re.M)
+        code = re.sub(
+            r"^( *from )(hope|kernels|settings) import", r"\1.\2 import", (CODE / name).read_text(), flags=re.M
+        )
         write_atomically(folder / name, code)
     write_atomically(folder / "README.md", card(model, about, figures))
     for_transformers = {

@@ -122,7 +122,8 @@ def test_the_appendices_list_every_check_and_every_erratum() -> None:
 
 def test_every_text_is_in_the_table_of_contents() -> None:
     listed = re.findall(r"(?:root|file): (\S+)", (BOOK / "_toc.yml").read_text())
-    reference = [f"reference/{name}" for name in ("hope", "levels", "pretrained", "optim", "kernels", "data", "train")]
+    modules = "hope", "settings", "levels", "pretrained", "optim", "kernels", "data", "train"
+    reference = [f"reference/{name}" for name in modules]
     assert listed == ["index", *(text.stem for text in make.texts()), *reference]
 
 
