@@ -7,191 +7,26 @@
     M3                       eq. 75, Algorithm 1: a fast and a slow momentum, orthogonalised
     Accumulate, EMA          bookkeeping in the form of an optimizer, so that what saves optimizers saves it too
 
-They keep the contract of torch.optim: parameter groups, closures, state_dict; and run under FSDP2. `Batched` has what
-the paper's have in common; each of them says in `_update` what it adds to parameters of one shape. Everything here
-works on any model; `hope.param_groups` and `hope.slow_groups` sort the parameters of ours.
+They keep the contract of torch.optim: parameter groups, closures, state_dict; and run under FSDP2. All of that is in
+batched.py; here each says in `_update` what it adds to parameters of one shape. Everything works on any model;
+`hope.param_groups` and `hope.slow_groups` sort the parameters of ours.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batched import Batched, shards, stack_full, unit, whole
 from kernels import in_float32, newton_schulz
 
 __all__ = ["DGD", "EMA", "M3", "Accumulate", "DeepMomentum", "DeltaMomentum", "PreconditionedMomentum"]
-
-INF = float("inf")
-
-# Settings of the optimizers below: least and greatest value, or the choices.
-ALLOWED = {
-    "lr": (0, INF), "weight_decay": (0, INF), "momentum": (0, 1), "delta": (0, INF), "betas": (0, INF), "beta": (0, 1),
-    "eps": (0, INF), "alpha": (0, INF), "every": (1, INF), "ns_steps": (1, INF), "inner_lr": (0, INF),
-    "hidden": (0, INF), "preconditioner": ("identity", "diagonal", "kronecker"),
-    "output": ("linear", "tanh", "orthogonal"),
-}  # fmt: skip
-
-
-# ---- Tensors that FSDP2 may have sharded ----
-
-
-def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process holds of each: its shard of a DTensor (FSDP2), sharing memory, or the tensor itself."""
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-
-
-def stack_full(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as matrices (k, o, i), gathered from their shards, in float32 at least.
-
-    A vector is a column; of more dimensions, as a convolution's (o, channels, height, width), all but one are joined.
-    """
-    full = [in_float32(t.full_tensor() if hasattr(t, "full_tensor") else t) for t in tensors]
-    return torch.stack([t.reshape(len(t), -1) for t in full])
-
-
-def shards(stacked: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `stack_full`: of each of `stacked` (k, o, i) what this process holds of `like`."""
-    stacked = stacked.reshape(len(like), *like[0].shape)
-    if not hasattr(like[0], "full_tensor"):
-        return list(stacked.unbind(0))
-    from torch.distributed.tensor import DTensor, Replicate
-
-    found = []
-    for t, p in zip(stacked, like):
-        whole = DTensor.from_local(t, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
-        found.append(whole.redistribute(placements=p.placements).to_local())
-    return found
-
-
-def norms(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Frobenius norms of the whole tensors of which `parts` are the shards held here."""
-    squares = [t.square().sum() for t in parts]
-    if hasattr(like[0], "full_tensor"):
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        for i, p in enumerate(like):
-            kinds = [Partial() if placement.is_shard() else Replicate() for placement in p.placements]
-            squares[i] = DTensor.from_local(squares[i], p.device_mesh, kinds, run_check=False).full_tensor()
-    return [s.sqrt() for s in squares]
-
-
-def unit(z: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """z / |z| and |z|, the norm over `dims`, for z of any scale: no square overflows, and 0 stays 0."""
-    tiny = torch.finfo(z.dtype).tiny
-    largest = z.abs().amax(dims, keepdim=True).clamp(min=tiny)
-    z = z / largest
-    size = torch.linalg.vector_norm(z, dim=dims, keepdim=True)
-    return z / size.clamp(min=tiny), size * largest
-
-
-class Batched(torch.optim.Optimizer):
-    """What the optimizers below share. A subclass says in `_update` what a batch of equal shapes is moved by.
-
-    As with torch's own: closures, parameter groups, decoupled weight decay (W shrinks by lr * weight_decay), sparse
-    gradients are refused, and gradients that are not finite reach the parameters. Parameters of one shape are updated
-    together. The state is float32 for bfloat16 parameters, and is loaded as such. Under FSDP2 it is sharded like the
-    parameters, and what needs whole matrices gathers them on every rank.
-
-    Settings are given by name, or in the order of SETTINGS, to the optimizer or to a parameter group.
-    """
-
-    SETTINGS: dict[str, Any] = {}  # with their defaults
-    DIMS = range(2, 6)  # numbers of dimensions that parameters may have; they are matrices (see `stack_full`)
-
-    def __init__(self, params: Any, *values: Any, **settings: Any):
-        given = dict(zip(self.SETTINGS, values)) | settings
-        if unknown := sorted(given.keys() - self.SETTINGS.keys()):
-            raise TypeError(f"{type(self).__name__} has no {unknown[0]}; it has: {', '.join(self.SETTINGS)}")
-        super().__init__(params, self.SETTINGS | given)
-
-    def add_param_group(self, group: dict[str, Any]) -> None:
-        super().add_param_group(group)
-        try:
-            self._check(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def _check(self, group: dict[str, Any]) -> None:
-        """ValueError for a setting or a parameter that this optimizer cannot take."""
-        kind, dims = type(self).__name__, self._dims(group)
-        for name in ALLOWED.keys() & group.keys():
-            allowed, given = ALLOWED[name], group[name]
-            if isinstance(allowed[0], str):
-                fits, text = given in allowed, ", ".join(allowed)
-            else:
-                low, high = allowed
-                fits = all(low <= value <= high for value in (given if isinstance(given, tuple) else [given]))
-                text = f"from {low} to {high}" if high < INF else f"{low} or more"
-            if not fits:
-                raise ValueError(f"{kind}: {name} is {given}; allowed: {text}")
-        for p in group["params"]:
-            if p.ndim not in dims or not p.is_floating_point():
-                raise ValueError(
-                    f"{kind} takes real parameters of {dims[0]} to {dims[-1]} dimensions, not {p.dtype} of "
-                    f"shape {tuple(p.shape)}; give it hope.param_groups(model)['matrix'] and the rest to AdamW"
-                )
-
-    def _dims(self, group: dict[str, Any]) -> range:
-        return self.DIMS
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step; returns what `closure`, called first with gradients enabled, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            batches: dict[tuple, list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is None or p.numel() == 0:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-                self.state[p].setdefault("step", torch.zeros(()))
-                self.state[p]["step"] += 1
-                batches.setdefault((p.shape, p.dtype, p.device, *self._kind(p)), []).append(p)
-            for params in batches.values():
-                if group["weight_decay"]:
-                    torch._foreach_mul_(local(params), 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(local(params), self._update(group, params))
-        return loss
-
-    def _kind(self, p: Tensor) -> tuple:
-        """What besides shape, type and device parameters must share to be updated together."""
-        return (self.state[p]["step"].item(),)
-
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """What to add to each of `params`, for each the shard held here."""
-        raise NotImplementedError
-
-    def _buffers(self, params: list[Tensor], name: str) -> list[Tensor]:
-        """State of this name and the shape of the parameters, zeros at first."""
-        for p in params:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(in_float32(p.detach()), memory_format=torch.contiguous_format)
-        return [self.state[p][name] for p in params]
-
-    def _grads(self, params: list[Tensor]) -> list[Tensor]:
-        """Shards of the gradients, in float32 at least."""
-        return [in_float32(g) for g in local([p.grad for p in params])]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        # torch rounds all state to the type of its parameter; take what was stored.
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"])):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if value.dtype != self.state[p][name].dtype:
-                    self.state[p][name] = value.to(self.state[p][name].device)
 
 
 # ---- Delta gradient descent ----
@@ -229,16 +64,14 @@ class Note:
     def __reduce__(self) -> tuple:
         return Note, ()
 
+    def tap(self, layer: nn.Linear, args: tuple) -> None:
+        """Before a forward pass of the layer: it is to use its weight by a Tap."""
+        if self.optimizer and torch.is_grad_enabled() and layer.weight.requires_grad:
+            # An attribute hides the parameter of the same name, until the forward pass is over.
+            layer.__dict__["weight"] = Tap.apply(layer.weight, args[0].detach(), self)
 
-def tap_weight(note: Note, layer: nn.Linear, args: tuple) -> None:
-    """Before a forward pass of a layer: it is to use its weight by a Tap."""
-    if note.optimizer and torch.is_grad_enabled() and layer.weight.requires_grad:
-        # An attribute hides the parameter of the same name, until the forward pass is over.
-        layer.__dict__["weight"] = Tap.apply(layer.weight, args[0].detach(), note)
-
-
-def untap_weight(layer: nn.Linear, args: tuple, output: Any) -> None:
-    layer.__dict__.pop("weight", None)
+    def untap(self, layer: nn.Linear, args: tuple, output: Any) -> None:
+        layer.__dict__.pop("weight", None)
 
 
 class DGD(Batched):
@@ -274,8 +107,9 @@ class DGD(Batched):
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight in mine and m.weight.numel()]
         self._linear, self._hooks = {layer.weight for layer in layers}, []
         for layer in layers:
-            self._hooks.append(layer.register_forward_pre_hook(partial(tap_weight, Note(self, layer.weight))))
-            self._hooks.append(layer.register_forward_hook(untap_weight, always_call=True))
+            note = Note(self, layer.weight)
+            self._hooks.append(layer.register_forward_pre_hook(note.tap))
+            self._hooks.append(layer.register_forward_hook(note.untap, always_call=True))
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -291,29 +125,30 @@ class DGD(Batched):
         self._inputs.clear()
         return loss
 
-    def _seen(self, p: Tensor) -> tuple[int, Tensor]:
-        zeros = lambda: in_float32(torch.zeros(p.shape[1], p.shape[1], device=p.device, dtype=p.dtype))
-        return self._inputs.get(p) or (0, zeros())
-
     def _note(self, p: Tensor, x: Tensor) -> None:
         """Add inputs x (..., i) of the layer with weight p."""
-        x, (n, total) = in_float32(x.reshape(-1, x.shape[-1])), self._seen(p)
+        x = in_float32(x.reshape(-1, x.shape[-1]))
+        n, total = self._inputs.get(p, (0, 0.0))
         self._inputs[p] = n + len(x), total + x.mT @ x
 
     def _kind(self, p: Tensor) -> tuple:
         if p in self._linear and torch.distributed.is_available() and torch.distributed.is_initialized():
-            n, total = self._seen(p)
+            none = torch.zeros(p.shape[1], p.shape[1], device=p.device, dtype=p.dtype)
+            n, total = self._inputs.get(p, (0, in_float32(none)))
             n = torch.tensor(n, device=p.device)
             torch.distributed.all_reduce(total)
             torch.distributed.all_reduce(n)
             self._inputs[p] = n.item(), total
-        return (self._inputs[p][0] if p in self._inputs else 0,)
+        return (self._count(p),)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        lr, n = group["lr"], self._inputs[params[0]][0] if params[0] in self._inputs else 0
+    def _count(self, p: Tensor) -> int:
+        return self._inputs[p][0] if p in self._inputs else 0
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        lr, n = group["lr"], self._count(params[0])
         if n == 0:
-            return torch._foreach_mul(self._grads(params), -lr)
-        W, G = stack_full(params), stack_full([p.grad for p in params])
+            return torch._foreach_mul(grads, -lr)
+        W, G = stack_full(params), stack_full(grads)
         C = torch.stack([self._inputs[p][1] for p in params]).to(W.dtype) / n
         if group["normalize"]:
             square = C.diagonal(dim1=-2, dim2=-1).sum(-1)  # lambda^2
@@ -341,17 +176,18 @@ class DeltaMomentum(Batched):
     SETTINGS = dict(lr=0.01, momentum=0.9, delta=1.0, bounded=True, weight_decay=0.0)
     DIMS = range(1, 6)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         buffers, c = self._buffers(params, "momentum"), group["delta"]
-        m, K = stack_full(buffers), stack_full([p.grad for p in params])
-        G = K
+        m, G = stack_full(buffers), stack_full(grads)
+        K = G
         if group["bounded"]:
             K, size = unit(G, (-2, -1))
             c = c / (size.pow(-2) + c) if c else 0.0  # |g|^2 times the bounded coefficient
         along = m @ (K.mT @ K) if m.shape[-1] < m.shape[-2] else (m @ K.mT) @ K
         m = group["momentum"] * m - c * along - group["lr"] * G
         new = shards(m, params)
-        torch._foreach_copy_(local(buffers), new)
+        for buffer, value in zip(buffers, new):
+            buffer.copy_(value)
         return new
 
 
@@ -372,17 +208,16 @@ class PreconditionedMomentum(Batched):
     def _dims(self, group: dict[str, Any]) -> range:
         return range(2 if group["preconditioner"] == "kronecker" else 1, 6)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        grads, m, beta = self._grads(params), local(self._buffers(params, "momentum")), group["beta"]
-        t = self.state[params[0]]["step"].item()
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        m, beta, t = self._buffers(params, "momentum"), group["beta"], self.state[params[0]]["step"].item()
         if group["preconditioner"] == "diagonal":
-            v = local(self._buffers(params, "square"))
+            v = self._buffers(params, "square")
             torch._foreach_mul_(v, beta)
             torch._foreach_addcmul_(v, grads, grads, value=1 - beta)
             below = torch._foreach_sqrt(torch._foreach_div(v, 1 - beta**t))
             grads = torch._foreach_div(grads, torch._foreach_add(below, group["eps"]))
         elif group["preconditioner"] == "kronecker":
-            G = stack_full([p.grad for p in params])
+            G = stack_full(grads)
             left, right = (
                 self._root(group, params, side, square, t) for side, square in (("left", G @ G.mT), ("right", G.mT @ G))
             )
@@ -442,8 +277,8 @@ class DeepMomentum(Batched):
             state["w_out"] = torch.zeros(d, h, device=like.device, dtype=dtype)
         return state["w_in"], state["w_out"]
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        G = stack_full([p.grad for p in params])
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        G = stack_full(grads)
         by_columns = G.shape[-1] > G.shape[-2]
         G = G.mT if by_columns else G
         u, size = unit(G, (-1,))
@@ -495,21 +330,22 @@ class M3(Batched):
         if len(group["betas"]) != 3 or (not group["literal"] and max(group["betas"]) >= 1):
             raise ValueError(f"M3: betas are {group['betas']}; allowed: three, each below 1 unless literal is True")
 
-    def _orthogonal(self, group: dict[str, Any], buffers: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    def _orthogonal(self, group: dict[str, Any], buffers: list[Tensor]) -> list[Tensor]:
         G = stack_full(buffers)
         dtype = torch.float64 if G.dtype == torch.float64 else group["dtype"]
-        return shards(newton_schulz(G, group["ns_steps"], dtype), params)
+        return shards(newton_schulz(G, group["ns_steps"], dtype), buffers)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         (b1, b2, b3), every, literal = group["betas"], group["every"], group["literal"]
-        M1, M2, V, total, O2 = (local(self._buffers(params, n)) for n in ("fast", "slow", "square", "sum", "slow_ns"))
-        grads, t = self._grads(params), self.state[params[0]]["step"].item()
+        M1, M2, V, total, O2 = (self._buffers(params, n) for n in ("fast", "slow", "square", "sum", "slow_ns"))
+        t = self.state[params[0]]["step"].item()
         if t > 1 and (t - 1) % every == 0:
             if not literal:
                 torch._foreach_mul_(M2, b3)
             torch._foreach_add_(M2, total, alpha=b3 if literal else (1 - b3) / every)
             torch._foreach_zero_(total)
-            torch._foreach_copy_(O2, self._orthogonal(group, self._buffers(params, "slow"), params))
+            for buffer, value in zip(O2, self._orthogonal(group, M2)):
+                buffer.copy_(value)
         torch._foreach_add_(total, grads)
         if literal:
             torch._foreach_add_(M1, grads, alpha=b1)
@@ -517,17 +353,15 @@ class M3(Batched):
             torch._foreach_lerp_(M1, grads, 1 - b1)
             torch._foreach_mul_(V, b2)
         torch._foreach_addcmul_(V, grads, grads, value=b2 if literal else 1 - b2)
-        U = self._orthogonal(group, self._buffers(params, "fast"), params)
+        U = self._orthogonal(group, M1)
         torch._foreach_add_(U, O2, alpha=group["alpha"])
         below = torch._foreach_div(V, 1.0 if literal else 1 - b2**t)
         torch._foreach_add_(below, group["eps"])
         torch._foreach_sqrt_(below)
         torch._foreach_div_(U, below)
-        scale = [1.0] * len(params)
-        if not literal:  # to a root mean square of 0.2
-            scale = [0.2 * p.numel() ** 0.5 / n.clamp(min=1e-30) for p, n in zip(params, norms(U, params))]
-        for u, s in zip(U, scale):
-            u.mul_(-group["lr"] * s)
+        for u in U:  # to a root mean square of 0.2
+            scale = 1.0 if literal else 0.2 * u.numel() ** 0.5 / whole(u.square().sum()).sqrt().clamp(min=1e-30)
+            u.mul_(-group["lr"] * scale)
         return U
 
 
