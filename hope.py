@@ -7,9 +7,9 @@ version's. In the order of this file:
     Memory, Attention              sequence layers: `Memory.preset("hope", d_model=256)`
     MLP, CMS, Block, Hope          the model: `forward` reads a stream, `observe` learns from it, `generate` goes on
 
-What a model may be is said in settings.py (`hope.MemoryConfig`, `hope.HopeConfig`). kernels.py computes the writes. What
-works on a model without being a part of it stands elsewhere, and is found here as well: `hope.levels` in levels.py,
-`hope.load` and `hope.from_pretrained` in pretrained.py. train.py comes next.
+What a model may be is said in settings.py (`hope.MemoryConfig`, `hope.HopeConfig`). kernels.py computes the writes.
+What works on a model without being a part of it stands elsewhere, and is found here as well: `hope.levels` in
+levels.py, `hope.load` and `hope.from_pretrained` in pretrained.py. train.py comes next.
 
 What to know before reading:
 
@@ -55,7 +55,8 @@ ELSEWHERE = {
 }
 __all__ = [
     "CMS", "GATES", "INF", "MLP", "Attention", "Block", "FastMLP", "Hope", "HopeConfig", "HopeState", "Memory",
-    "MemoryConfig", "apply_memory", "compile_parts", "make_layer", "map_state", "rotate", "sample", "token_loss", *ELSEWHERE,
+    "MemoryConfig", "apply_memory", "compile_parts", "make_layer", "map_state", "rotate", "sample", "token_loss",
+    *ELSEWHERE,
 ]  # fmt: skip
 
 
@@ -442,19 +443,19 @@ class Memory(SequenceLayer):
     Five choices decide whether a value is found again; tests/bench/recall.py --why shows them. The hidden layer makes
     features, the output layer stores: decay and delta term take W2 back to its start state W2_0, not to 0 (`origin`),
     W2' = W2_0 + (W2 - W2_0)(alpha I - eta' k k^T) - eta' grad k^T, so that silu(W2 k) outlasts writing and forgetting,
-    and it moves slowly (`hidden_rate`). In the main memory it starts as large as a silu needs (`spread`). The inner loss
-    is the dot product, with which a pair that is written again stays (`objective`). And k and v are not read at the same
-    input (`own_input`).
+    and it moves slowly (`hidden_rate`). In the main memory it starts as large as a silu needs (`spread`). The inner
+    loss is the dot product, with which a pair that is written again stays (`objective`). And k and v are not read at
+    the same input (`own_input`).
 
     Plain gradient descent (ttt, titans, dla) has no delta term to bound it. c gradients that are all taken at the
     chunk's start add up, and a layer's loss has curvature |x|^2 along its input x: if c eta' |x|^2 is above 2, a chunk
     overshoots by more than the error it began with, and the next by more again. With `step="mean"` it is at most 1.
     (TTT, too, averages over its mini-batch, and divides its rate by the head width, about |x|^2.)
     A layer norm in the memory does not go with decay, which is why TTT has it and Titans does not: y = x + LN(W1 h)
-    depends on the direction of W1 only, so its gradient is G / |W1|, at a right angle to W1, and a token takes |W1|^2 to
-    alpha^2 |W1|^2 + (eta' G / |W1|)^2. Decay lets it fall until |W1|^4 = (eta' G)^2 / (1 - alpha^2), where a token turns
-    W1 by eta' G / |W1|^2 = (1 - alpha^2)^(1/2), 0.19 for the alpha of the start, *whatever eta is*: by 12 within a chunk
-    of 64, in which gradients stand still. So gradients through the chunks multiply, 5e7 at 2,048 tokens.
+    depends on the direction of W1 only, so its gradient is G / |W1|, at a right angle to W1, and a token takes |W1|^2
+    to alpha^2 |W1|^2 + (eta' G / |W1|)^2. Decay lets it fall until |W1|^4 = (eta' G)^2 / (1 - alpha^2), where a token
+    turns W1 by eta' G / |W1|^2 = (1 - alpha^2)^(1/2), 0.19 for the alpha of the start, *whatever eta is*: by 12 within
+    a chunk of 64, in which gradients stand still. So gradients through the chunks multiply, 5e7 at 2,048 tokens.
     """
 
     def __init__(self, config: MemoryConfig | None = None, **settings: Any):
@@ -671,7 +672,8 @@ class Memory(SequenceLayer):
         return y.squeeze(2), written
 
     def _adaptive_reads(self, u: Tensor, anchor: list[Tensor]) -> dict[str, Tensor]:
-        """What the adaptive memories answer to u (b, h, c, 1 or n, e): k, v, q (b, h, c, e), eta and alpha (b, h, c)."""
+        """What the adaptive memories answer to u (b, h, c, 1 or n, e): k, v, q (b, h, c, e), eta and alpha (b, h,
+        c)."""
         reads = apply_memory(
             [w[:, :, : len(self.adaptive)] for w in anchor], u.transpose(2, 3), self.config.memory_norm
         )

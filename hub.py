@@ -21,6 +21,7 @@ from data import HUB, file_sha256, signed, write_atomically
 from hope import Hope
 
 CODE = Path(__file__).parent
+MODULES = "hope", "settings", "kernels", "backend"  # that the model needs
 CLASSES = {"AutoConfig": "HopeModelConfig", "AutoModelForCausalLM": "HopeForCausalLM"}
 LOCAL = {"out": "", "data_dir": "data", "tokenizer": "", "init_from": "", "device": "auto"}  # settings that hold paths
 CARD = """\
@@ -87,11 +88,10 @@ def write_folder(folder: Path, model: Hope, tokenizer: Any, about: dict[str, Any
         tokenizer.save(folder)
         ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
         write_atomically(folder / "generation_config.json", json.dumps(ids | {"do_sample": True}) + "\n")
-    for name in ("hope.py", "kernels.py", "settings.py", "modeling_hope.py"):  # as parts of one package
-        code = re.sub(
-            r"^( *from )(hope|kernels|settings) import", r"\1.\2 import", (CODE / name).read_text(), flags=re.M
-        )
-        write_atomically(folder / name, code)
+    imports = rf"^( *from )({'|'.join(MODULES)}) import"  # of each other, as parts of one package
+    for name in (*MODULES, "modeling_hope"):
+        code = re.sub(imports, r"\1.\2 import", (CODE / f"{name}.py").read_text(), flags=re.M)
+        write_atomically(folder / f"{name}.py", code)
     write_atomically(folder / "README.md", card(model, about, figures))
     for_transformers = {
         "model_type": "hope", "architectures": ["HopeForCausalLM"], "dtype": "float32",

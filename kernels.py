@@ -5,7 +5,7 @@
     chunk_gates     what the gates of a chunk make of its writes
     newton_schulz   orthogonalises the momentum of Muon and M3
     memory_scan     all chunks of a memory layer in one launch, for inputs without gradients; `hope.Memory` defines it
-    uses_triton     which of the two runs: Triton on GPUs, unless HOPE_KERNELS or `using` says otherwise; `scans`
+    uses_triton     which of the two runs: Triton on GPUs, unless HOPE_KERNELS or `using` says otherwise; see backend.py
 
 Read down to `newton_schulz` to know what is computed, and go on to hope.py, which calls it. The rest is how a GPU
 does it: `dgd_chunk` in Triton, forward and backward, then `memory_scan`, then Newton-Schulz.
@@ -13,11 +13,8 @@ does it: `dgd_chunk` in Triton, forward and backward, then `memory_scan`, then N
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import lru_cache, partial, reduce
 from typing import NamedTuple
 
@@ -25,14 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-    from triton import jit
-    from triton.language import constexpr
-except ImportError:  # not for this platform: the reference does everything
-    triton = tl = None
-    jit = constexpr = lambda z: z
+from backend import constexpr, fall_back, jit, on_device, precision, tl, uses_triton, using
+from backend import triton as triton  # None where it is not installed
 
 __all__ = [
     "EPS", "Gates", "chunk_gates", "dgd_chunk", "dgd_loop", "newton_schulz", "NEWTON_SCHULZ", "memory_scan",
@@ -47,7 +38,7 @@ EPS = 0.1
 
 class Gates(NamedTuple):
     """What the gates of a chunk of c tokens make of its writes, for every time t = 0..c and token s = 1..c; the letters
-    are those of the derivation: D and T, the products of consecutive alpha and theta. Without momentum, the first two."""
+    are those of the derivation: D and T, the products of consecutive alpha and theta. Without momentum, two."""
 
     gamma: Tensor  # (..., c + 1): what is left at t of the memory at the start
     decay: Tensor  # (..., c + 1, c), D: what is left at t of a write at s
@@ -70,7 +61,7 @@ def _segment_products(a: Tensor) -> Tensor:
     lower = torch.ones(c + 1, c + 1, dtype=torch.bool, device=a.device).tril()
     factors = torch.where(lower[:c], a.unsqueeze(-1), 1.0)
     products = F.pad(factors.cumprod(-2), (0, 0, 1, 0), value=1.0)
-    # Products too small to matter become 0, since denormal numbers slow a CPU down; those that are 0 keep their gradient.
+    # Products too small to matter become 0, since denormal numbers slow a CPU down; true zeros keep their gradient.
     return torch.where(lower & ((products > 1e-30) | (products == 0)), products, 0.0)
 
 
@@ -116,7 +107,8 @@ def dgd_chunk(
         m: (..., o, i) momentum at the chunk's start; zeros if left out. Needs `theta`.
         Q: (..., c, i) queries, one a token.
         delta: False leaves out the term with M_{t-1} x_t, which makes the rule plain gradient descent.
-        gates: `chunk_gates(alpha, theta, ema)`, for callers who share it between several memories; kernels make their own.
+        gates: `chunk_gates(alpha, theta, ema)`, for callers who share it between several memories; kernels make their
+            own.
         MX: (..., c, o) X M^T, for callers who have it already.
         readers: how many memories are read, the last ones along the last leading dimension; all if left out.
         ema: a write enters the momentum with weight 1 - theta.
@@ -135,6 +127,17 @@ def dgd_chunk(
     if uses_triton(X) and _suits(*inputs):
         return _TritonChunk.apply(rule, *inputs)
     return _reference(*inputs, rule, gates, MX)
+
+
+def _suits(*tensors: Tensor | None) -> bool:
+    """Whether `dgd_chunk`'s kernels take these M, m, X, ...; a warning, once, says why not."""
+    M, _, X = tensors[:3]
+    wrong = {z.dtype for z in tensors if z is not None} - {torch.float32, torch.bfloat16, torch.float16}
+    if wrong:
+        fall_back(f"no kernel for {', '.join(map(str, wrong))}; use float32 or bfloat16")
+    elif max(M.shape[-2:]) > 256:
+        fall_back(f"a memory of {M.shape[-2]} x {M.shape[-1]} is wider than 256; use more heads or a smaller `expand`")
+    return not wrong and max(M.shape[-2:]) <= 256 and min(M.numel(), X.numel()) > 0
 
 
 def _check_chunk(*inputs: Tensor | None) -> None:
@@ -279,8 +282,8 @@ class _Writes(torch.autograd.Function):
 def _derivatives(fn: Callable, inputs: tuple, grads: tuple) -> list[Tensor | None]:
     """Gradients of fn(*inputs) by its inputs, made by autograd to be differentiated again; None where there is none.
 
-    Inputs get names of their own: some may have been made of others (at_X of X), and a derivative by one of them must not
-    go through another.
+    Inputs get names of their own: some may have been made of others (at_X of X), and a derivative by one of them must
+    not go through another.
     """
     inputs = [None if z is None else z.view_as(z) for z in inputs]
     pairs = [(z, g) for z, g in zip(fn(*inputs), grads) if z is not None and g is not None]
@@ -421,80 +424,6 @@ def newton_schulz(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which of the two runs
-
-
-CHOICES = "auto", "reference", "triton"
-
-
-def uses_triton(z: Tensor) -> bool:
-    """Whether the Triton kernels run for tensors on z's device, as the environment's HOPE_KERNELS says: "auto" (Triton on
-    GPUs), "reference" or "triton". ValueError for anything else, RuntimeError for "triton" where it can't run."""
-    choice = os.environ.get("HOPE_KERNELS") or "auto"
-    if choice not in CHOICES:
-        raise ValueError(f"HOPE_KERNELS is {choice!r}; allowed: {', '.join(CHOICES)}; unset it for auto")
-    if choice == "triton" and triton is None:
-        raise RuntimeError("HOPE_KERNELS is triton, which is not installed; `pip install triton`, or set it to auto")
-    if choice == "triton" and not z.is_cuda and not os.environ.get("TRITON_INTERPRET"):
-        raise RuntimeError(f"HOPE_KERNELS is triton, which needs a GPU, but tensors are on {z.device}; set it to auto")
-    if choice == "auto" and triton is not None and z.is_cuda and (0, 0) < _capability(z.device) < (8, 0):
-        _fall_back("GPUs before sm_80 have neither TF32 nor bfloat16 products; HOPE_KERNELS=triton tries")
-        return False
-    return triton is not None and (choice == "triton" or choice == "auto" and z.is_cuda)
-
-
-@contextmanager
-def using(choice: str) -> Iterator[None]:
-    """For as long as it lasts, HOPE_KERNELS is `choice`, for the whole process: "reference", "triton" or "auto"
-    (see `uses_triton`). What it was comes back at the end, also after an error. ValueError for any other choice."""
-    if choice not in CHOICES:
-        raise ValueError(f"kernels.using({choice!r}): allowed are {', '.join(CHOICES)}")
-    before = os.environ.get("HOPE_KERNELS")
-    os.environ["HOPE_KERNELS"] = choice
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HOPE_KERNELS"]
-        else:
-            os.environ["HOPE_KERNELS"] = before
-
-
-@lru_cache(maxsize=None)
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Of an NVIDIA GPU; (0, 0) for AMD's."""
-    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
-
-
-def _precision(device: torch.device) -> str:
-    """How the chunk kernels multiply, see `_dot`. `torch.set_float32_matmul_precision("high")` allows plain TF32."""
-    if device.type == "cuda" and _capability(device) < (8, 0):  # AMD's multiply float32 as it is
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-@lru_cache(maxsize=None)
-def _fall_back(why: str) -> None:
-    warnings.warn(f"kernels: the plain PyTorch reference runs instead of Triton: {why}", stacklevel=3)
-
-
-def _suits(*tensors: Tensor | None) -> bool:
-    """Whether `dgd_chunk`'s kernels take these M, m, X, ...; a warning, once, says why not."""
-    M, _, X = tensors[:3]
-    wrong = {z.dtype for z in tensors if z is not None} - {torch.float32, torch.bfloat16, torch.float16}
-    if wrong:
-        _fall_back(f"no kernel for {', '.join(map(str, wrong))}; use float32 or bfloat16")
-    elif max(M.shape[-2:]) > 256:
-        _fall_back(f"a memory of {M.shape[-2]} x {M.shape[-1]} is wider than 256; use more heads or a smaller `expand`")
-    return not wrong and max(M.shape[-2:]) <= 256 and min(M.numel(), X.numel()) > 0
-
-
-def _on(device: torch.device):
-    """Kernels are launched on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # `dgd_chunk` in Triton.
 #
 # Work: the reference solves one c x c system for a chunk. A kernel goes through the chunk in blocks of BC tokens: a
@@ -534,8 +463,8 @@ _End = namedtuple("_End", "all gain_m keep_m after gain keep")
 # BC) and of the start's m (BC,); the weight of a write as it enters m. Without momentum a write d reaches M at once, as
 # p does, and what belongs to the momentum are placeholders.
 _BlockGates = namedtuple("_BlockGates", "alpha theta reads end in_m start_in_m weight")
-# A block of tokens for rows o of one memory on the way back: streams (None without the delta term or queries), the states
-# at its start, the gradients of those at its end (m is None without momentum).
+# A block of tokens for rows o of one memory on the way back: streams (None without the delta term or queries), the
+# states at its start, the gradients of those at its end (m is None without momentum).
 _Saved = namedtuple("_Saved", "x d p dz q dr read step M m end end_m work left o")
 
 
@@ -708,17 +637,21 @@ def _write(M, m, x, step, d, p, end, o, left, O, PRECISION: tl.constexpr):
 
 
 @jit
-def _copy(to, M, o, O, I):
-    """Rows o of a matrix, or zeros if M is None."""
-    for i0 in tl.range(0, I, BI):
-        i = i0 + tl.arange(0, BI)
-        w = tl.zeros((o.shape[0], BI), tl.float32) if M is None else _matrix(M, o, i, O, I)
-        _store_matrix(to, w, o, i, O, I)
+def _move(to, W, S, first, size):
+    """Numbers of W, from the first one on, to the same place in `to`, plus those of S if there is one; 0 without W."""
+    at = tl.arange(0, 1024)
+    for i in tl.range(0, size, 1024):
+        w, there = tl.zeros((1024,), tl.float32), i + at < size
+        if W is not None:
+            w += tl.load(W + first + i + at, mask=there).to(tl.float32)
+        if S is not None:
+            w += tl.load(S + first + i + at, mask=there).to(tl.float32)
+        tl.store(to + first + i + at, w, mask=there)
 
 
 @jit
 def _reader(n, memories, readers):
-    """Whether memory n is read, 0 or 1 (the last `readers` of every `memories` are), and its place among those that are."""
+    """Whether memory n is read, 0 or 1 (the last `readers` of every `memories` are), and its place among them."""
     j = n % memories - (memories - readers)
     return (j >= 0).to(tl.int32), n // memories * readers + tl.maximum(j, 0)
 
@@ -729,7 +662,7 @@ def _block(
     DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens for rows o of one memory, with the gates that `_put_gates` left in `work`. With Y = M X^T and
-    S = (step X) X^T,  p = (before Y - d (gain S)) (1 + between S)^-1;  a read r is the same sum at q, less p (between S).
+    S = (step X) X^T,  p = (before Y - d (gain S)) (1 + between S)^-1;  a read r, the same at q, less p (between S).
 
     Writes M and m in place, p to the stream to_p if there is one; returns r (BO, BC), zeros unless `read`.
     """
@@ -788,19 +721,20 @@ def _chunk_forward(
     x_row, d_row, q_row, O, I,
     BO: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dgd_chunk`: block of tokens by block, what `_block` says. Grid (memories in all, blocks of rows); at: (n, 8), where
-    each one's part of the eight inputs begins. A backward pass runs it again, to have P and states (n, blocks, 2, O, I),
-    those that blocks of tokens start from."""
+    """`dgd_chunk`: block of tokens by block, what `_block` says. Grid (memories in all, blocks of rows); at: (n, 8),
+    where each one's part of the eight inputs begins. A backward pass runs it again, to have P and
+    states (n, blocks, 2, O, I), those that blocks of tokens start from."""
     n = tl.program_id(0).to(tl.int64)
     read, n_read = _reader(n, memories, readers)
     at += n * 8
     o = tl.program_id(1) * BO + tl.arange(0, BO)
+    first, size = tl.program_id(1) * BO * I, min(BO, O - tl.program_id(1) * BO) * I  # the numbers of these rows
     X, D, eta = X + tl.load(at + 2), D + tl.load(at + 3), eta + tl.load(at + 5)
     M_end += n * O * I
-    _copy(M_end, M + tl.load(at), o, O, I)
+    _move(M_end, M + tl.load(at), None, first, size)
     if theta is not None:
         m_end += n * O * I
-        _copy(m_end, m if m is None else m + tl.load(at + 1), o, O, I)
+        _move(m_end, m if m is None else m + tl.load(at + 1), None, first, size)
     if Q is not None:
         Q += tl.load(at + 4)
     work += (n * tl.num_programs(1) + tl.program_id(1)) * FORWARD_WORK
@@ -808,9 +742,9 @@ def _chunk_forward(
         tl.debug_barrier()
         if states is not None:
             state = states + (n * tl.cdiv(c, BC) + s // BC) * (2 * O * I)
-            _copy(state, M_end, o, O, I)
+            _move(state, M_end, None, first, size)
             if theta is not None:
-                _copy(state + O * I, m_end, o, O, I)
+                _move(state + O * I, m_end, None, first, size)
         left = min(BC, c - s)
         th = None if theta is None else theta + tl.load(at + 7) + s
         _put_gates(work, alpha + tl.load(at + 6) + s, th, left, EMA, INCLUSIVE, PRECISION)
@@ -846,17 +780,17 @@ def _chunk_backward(
     X, D, Q, eta, alpha, theta, at, P, dR, dM, dm, ends, dD, dZ, work, c, memories, readers, x_row, d_row, q_row, O, I,
     BO: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of the backward pass that goes from token to token: dM, dm, dD, and dZ (n, c, O), the gradient of what the
-    solve turns into P. On the grid of `_chunk_forward`, block of tokens by block from the last one on. In the letters of
-    `_block`, with _q for what queries see, _end for the block's end, U = dM (step X)^T and U_m the same of dm:
+    """The part of the backward pass that goes from token to token: dM, dm, dD, and dZ (n, c, O), the gradient of what
+    the solve turns into P. On the grid of `_chunk_forward`, block of tokens by block from the last one on. In the
+    letters of `_block`, with _q for what queries see, _end for the block's end, U = dM (step X)^T and U_m that of dm:
 
         dz = -(after U + dR (between_q S_q)^T) (1 + between S)^-T
         dd = -gain_end U - keep U_m - dR (gain_q S_q)^T - dz (gain S)^T
         dM = all dM + (before dz) X + (before_q dR) Q
         dm = keep_m dm + gain_m_end dM + (gain_m dz) X + (gain_m_q dR) Q
 
-    dM and dm come as the gradients of the chunk's end and leave as those of its start. Kept for `_chunk_backward_tokens`:
-    ends (n, blocks, 2, O, I), the gradients of the blocks' ends, and what gates need in `work`, see there.
+    dM and dm come as the gradients of the chunk's end and leave as those of its start. Kept for
+    `_chunk_backward_tokens`: ends (n, blocks, 2, O, I), gradients of the blocks' ends, and what gates need, in `work`.
     """
     n = tl.program_id(0).to(tl.int64)
     read, n_read = _reader(n, memories, readers)
@@ -943,18 +877,18 @@ def _chunk_backward_tokens(
     x_row, d_row, q_row, O, I,
     BO: tl.constexpr, EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dX, dQ and d_eta, for all blocks of tokens at once: the grid has them as its last axis. With the states M, m that a
-    block starts from and the gradients E, E_m of its end:
+    """dX, dQ and d_eta, for all blocks of tokens at once: the grid has them as its last axis. With the states M, m that
+    a block starts from and the gradients E, E_m of its end:
 
         dS = -gain (D^T dz) - between (P^T dz), and dS_q the same with dR              `_backward_scores`
         dQ = (M^T dR) before_q + (m^T dR) gain_m_q + (step X) dS_q                     `_backward_queries`
         dX = (M^T dz) before + (m^T dz) gain_m + (step X) dS + step d(step X)          `_backward_inputs`
         d(step X) = X dS^T + Q dS_q^T - E^T (gain_end D + after P) - E_m^T (keep D)
 
-    What all rows share comes in parts, one for each block of rows: dX, dQ (blocks of rows, n, c, I), d_eta (.., n, c) and
-    work (n, blocks of rows, blocks, BACKWARD_WORK). Its squares: the gradients, without their sign, of the scores of q
-    and x; those of `between`, of `gain` and of what `gain` has at t itself. Its lines: the gradients of gain, after and
-    keep of the end, of the gate, of before as x and as q see it, of gain_m as x and as q see it, of the end's scalars.
+    What all rows share comes in parts, one for each block of rows: dX, dQ (blocks of rows, n, c, I), d_eta (.., n, c)
+    and work (n, blocks of rows, blocks, BACKWARD_WORK). Its squares: the gradients, without their sign, of the scores
+    of q and x; those of `between`, of `gain` and of what `gain` has at t itself. Its lines: the gradients of gain,
+    after and keep of the end, of the gate, of before and then gain_m as x and as q see them, of the end's scalars.
     """
     n = tl.program_id(0).to(tl.int64)
     read, n_read = _reader(n, memories, readers)
@@ -1162,13 +1096,13 @@ def _chunk_backward_gates(
 
 
 def _tiles(o: int, i: int, BO: int) -> dict:
-    """Sizes of the chunk kernels' tiles. A warp has 16 rows of a memory; more, or wider tiles, and registers run out."""
+    """Sizes of the chunk kernels' tiles. A warp has 16 rows of a memory; with more, registers run out."""
     return dict(O=o, I=i, BO=BO, num_warps=BO // 16, num_stages=1)
 
 
 @lru_cache(maxsize=512)
 def _begins(lead: tuple, layouts: tuple, device: torch.device) -> Tensor:
-    """(n, k) int64: where the part of each of n = prod(lead) memories begins in k tensors of these leading (shape, stride).
+    """(n, k) int64: where the part of each of n = prod(lead) memories begins in k tensors of these (shape, stride).
 
     A tensor that has fewer along the last dimension belongs to the last ones.
     """
@@ -1199,7 +1133,7 @@ class _TritonChunk(torch.autograd.Function):
         M_end, m_end = new(*lead, o, i), None if theta is None else new(*lead, o, i)
         of_reads = lead if rule.readers is None else (*lead[:-1], rule.readers)
         R = None if Q is None else new(*of_reads, c, o)
-        ctx.flags = dict(EMA=rule.ema, DELTA=rule.delta, INCLUSIVE=rule.inclusive, PRECISION=_precision(X.device))
+        ctx.flags = dict(EMA=rule.ema, DELTA=rule.delta, INCLUSIVE=rule.inclusive, PRECISION=precision(X.device))
         ctx.sizes = dict(
             memories=1 if rule.readers is None else lead[-1], readers=rule.readers or 1,
             x_row=X.stride(-2), d_row=D.stride(-2), q_row=0 if Q is None else Q.stride(-2), **ctx.flags,
@@ -1207,7 +1141,7 @@ class _TritonChunk(torch.autograd.Function):
         at, tiles = _begins(tuple(lead), layouts, X.device), _tiles(o, i, 32 if o > 16 else 16)
         grid = len(at), -(-o // tiles["BO"])
         work = new(*grid, FORWARD_WORK.value)
-        with _on(X.device):
+        with on_device(X.device):
             _chunk_forward[grid](*inputs, at, M_end, m_end, R, None, None, work, c, **ctx.sizes, **tiles)
         ctx.save_for_backward(*inputs, at)
         ctx.rule, ctx.lead = rule, lead
@@ -1236,7 +1170,7 @@ class _TritonChunk(torch.autograd.Function):
         states, ends = new(len(at), blocks, 2, o, i), new(len(at), blocks, 2, o, i)
         work = new(*grid, blocks, BACKWARD_WORK.value)
         shared, sizes = (X, D, Q, eta, alpha, theta, at, P, dR), dict(**ctx.sizes, **tiles)
-        with _on(X.device):
+        with on_device(X.device):
             again = M, m, X, D, None, eta, alpha, theta, at, M_end, m_end, None, P, states, work
             _chunk_forward[grid](*again, c, **sizes)
             _chunk_backward[grid](*shared, dM, dm, ends, dD, dZ, work, c, **sizes)
@@ -1251,11 +1185,11 @@ class _TritonChunk(torch.autograd.Function):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A whole memory layer in Triton, for inputs without gradients: what `hope.Memory` does chunk by chunk, in one launch. A
-# program has one head of one sequence and all its memories, one after the other, block of tokens by block: memories of a
-# head share keys, values and gates, and the memories that make these are read as they were when the chunk began. Its part
-# of the states stays in the cache, activations of a block (BC tokens) pass through `work` from a product to the next.
-# The price: there are no more programs than heads times sequences, so that few sequences leave a large GPU idle. Rows can't
-# be spread over programs, as `dgd_chunk` does: both layers and the normalisations need all rows of the one before.
+# program has one head of one sequence and all its memories, one after the other, block of tokens by block: memories of
+# a head share keys, values and gates, and the memories that make these are read as they were when the chunk began. Its
+# part of the states stays in the cache, activations of a block (BC tokens) pass through `work` from a product to the
+# next. The price: there are no more programs than heads times sequences, so that few sequences leave a large GPU idle.
+# Rows can't be spread over programs, as `dgd_chunk` does: both layers and the normalisations need all rows.
 
 
 @jit
@@ -1278,8 +1212,8 @@ def _layer_norm(y, e, E, eps: tl.constexpr = EPS):
 
 @jit
 def _mlp(W2, W1, x, z, hidden, e, left, NORM: tl.constexpr, PRECISION: tl.constexpr):
-    """x + y with y = W1 silu(W2 x), (BE, BC), or its layer norm, then y and the standard deviations that this divides by;
-    leaves W2 x and silu(W2 x) in the streams z and hidden. Without W1, W2 x."""
+    """x + y with y = W1 silu(W2 x), (BE, BC), or its layer norm, then y and the standard deviations that this divides
+    by; leaves W2 x and silu(W2 x) in the streams z and hidden. Without W1, W2 x."""
     std, E = tl.full((BC,), 1.0, tl.float32), x.size
     if W1 is None:
         y = _apply(W2, x, e, left, E, PRECISION)
@@ -1316,17 +1250,6 @@ def _step(eta, x2, chunk, STEP: tl.constexpr):
 
 
 @jit
-def _move(to, W, S, first, size):
-    """Numbers of W, from the first one on, to the same place in `to`, plus those of S if there is one."""
-    at = tl.arange(0, 1024)
-    for i in tl.range(0, size, 1024):
-        w = tl.load(W + first + i + at, mask=i + at < size)
-        if S is not None:
-            w += tl.load(S + first + i + at, mask=i + at < size).to(tl.float32)
-        tl.store(to + first + i + at, w, mask=i + at < size)
-
-
-@jit
 def _memory_scan(
     U, K, V, Q, eta, alpha, theta, at, W2, W1, m2, m1, A2, A1, S2, scale, eta_read, eta_bias, alpha_read, alpha_bias, Y,
     work, blocks, t0, length, heads, memories, adaptive, u_next, u_row, k_row, v_row, q_row, E, H,
@@ -1337,10 +1260,10 @@ def _memory_scan(
     """`memory_scan`. Grid (sequences x heads); at: (n, 7), where each one's part of the first seven begins.
 
     For every block of tokens: at a chunk's start now becomes anchor (A2, A1); the adaptive ones of k, v, q, eta, alpha
-    are read from anchors; then for every memory, eqs. 84 and 88: its value; the inner loss's gradients at the outputs of
-    both layers,  d1 = k + y - v,  d2 = (W1^T d1) silu'(z),  with the anchor; `_block` for each layer, the main memory's
-    (the last one's) with reads. W1 is None for a linear memory, which has d1 only. With start states S2, W2 is what
-    differs from them.
+    are read from anchors; then for every memory, eqs. 84 and 88: its value; the inner loss's gradients at the outputs
+    of both layers,  d1 = k + y - v,  d2 = (W1^T d1) silu'(z),  with the anchor; `_block` for each layer, the main
+    memory's (the last one's) with reads. W1 is None for a linear memory, which has d1 only. With start states S2, W2 is
+    what differs from them.
     """
     n = tl.program_id(0).to(tl.int64)
     head, at, size = n % heads, at + n * 7, E * H
@@ -1467,7 +1390,7 @@ def scans(x: Tensor, width: int) -> bool:
     if torch.is_grad_enabled() or x.dtype == torch.float64 or not uses_triton(x):
         return False
     if width > 128:
-        _fall_back(f"chunk by chunk: heads of {width} are wider than 128, too wide for a single launch; use more heads")
+        fall_back(f"chunk by chunk: heads of {width} are wider than 128, too wide for a single launch; use more heads")
     return width <= 128
 
 
@@ -1517,12 +1440,12 @@ def memory_scan(
     blocks, s = 0, t
     while s < t + length:
         blocks, s = blocks + 1, min(s + BC.value, t + length, s - s % chunk + chunk, s - s % chunk_proj + chunk_proj)
-    with _on(device):
+    with on_device(device):
         _memory_scan[(b * h,)](
-            *inputs, _begins((b, h), layouts, device), *both(now), *both(momentum), *both(anchor), start, scale, *eta_gate,
-            *alpha_gate, Y, work, blocks, t, length, h, n, adaptive, u_next, **rows, E=E, H=H, CHUNK=chunk,
+            *inputs, _begins((b, h), layouts, device), *both(now), *both(momentum), *both(anchor), start, scale,
+            *eta_gate, *alpha_gate, Y, work, blocks, t, length, h, n, adaptive, u_next, **rows, E=E, H=H, CHUNK=chunk,
             CHUNK_PROJ=chunk_proj, L2=objective == "l2", STEP=step, SELF_VALUES=self_values, QK_NORM=qk_norm, NORM=norm,
-            EMA=True, DELTA=delta, HIDDEN_RATE=hidden_rate, READ=read, BE=BE, PRECISION=_precision(device),
+            EMA=True, DELTA=delta, HIDDEN_RATE=hidden_rate, READ=read, BE=BE, PRECISION=precision(device),
             num_warps=BE // 16, num_stages=1,
         )  # fmt: skip
     if start is not None:
@@ -1538,7 +1461,7 @@ def memory_scan(
 def _symmetric_product(
     X, C, Y, M, K, beta, alpha, HAS_C: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Y = beta C + alpha X X^T for X (n, M, K), Y and a symmetric C (n, M, M). Grid (tiles from the diagonal down, n)."""
+    """Y = beta C + alpha X X^T for X (n, M, K), Y, C (n, M, M), symmetric. Grid (tiles from the diagonal down, n)."""
     p, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # Rows of tiles above this one hold row (row + 1) / 2 tiles; the root may be off by one.
     row = ((tl.sqrt(8.0 * p + 1.0) - 1.0) / 2.0).to(tl.int32)
@@ -1567,10 +1490,10 @@ def _symmetric(X: Tensor, C: Tensor | None = None, beta: float = 0.0, alpha: flo
     Y = torch.empty(n, m, m, dtype=X.dtype, device=X.device)
     B = 64 if m > 32 else 16
     tiles = -(-m // B)
-    precision = _precision(X.device) if X.dtype == torch.float32 else "half"
-    with _on(X.device):
+    products = precision(X.device) if X.dtype == torch.float32 else "half"
+    with on_device(X.device):
         _symmetric_product[tiles * (tiles + 1) // 2, n](
-            X, X if C is None else C, Y, m, k, beta, alpha, C is not None, B, 32, precision,
+            X, X if C is None else C, Y, m, k, beta, alpha, C is not None, B, 32, products,
             num_warps=B // 16, num_stages=3,
         )  # fmt: skip
     return Y

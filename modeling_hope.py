@@ -2,10 +2,9 @@
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-hope.py, kernels.py and settings.py are copies of the project's. Instead of a cache of keys and values the model
-carries a `HopeState`: its memories are written as it reads. With `memorize=True`, in `forward` and `generate`, its
-continuum memory system learns from the prompt as well. `model.hope` is the model itself, with `observe`, `stream` and
-the rest.
+The other modules are copies of the project's. Instead of a cache of keys and values the model carries a `HopeState`:
+its memories are written as it reads. With `memorize=True`, in `forward` and `generate`, its continuum memory system
+learns from the prompt as well. `model.hope` is the model itself, with `observe`, `stream` and the rest.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class MemoryConfig:
     depth: Literal[0, 1, 2] = setting(2, "0: softmax attention; 1: linear memory M x; 2: MLP x + W1 silu(W2 x), eq. 89")
     objective: Literal["dot", "l2"] = setting(
         "dot",
-        "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2; beside the delta term dot is the delta rule, which leaves a "
-        "pair that is written again as it is, where l2 takes M k back twice: once by that term, once by its gradient",
+        "inner loss: dot is -<M k, v>, l2 is 1/2 |M k - v|^2; beside the delta term dot is the delta rule, which "
+        "leaves a pair that is written again as it is, where l2 takes M k back twice: once by that term, once by its gradient",
     )
     rule: Literal["gd", "dgd"] = setting("dgd", "inner optimizer: gradient descent or delta gradient descent (eq. 88)")
     origin: Literal["start", "zero"] = setting(
@@ -95,13 +95,13 @@ class MemoryConfig:
     )
     spread: float = setting(
         1.0,
-        "size of W2 k in the main memory at the start; far below 1, silu is linear, its output small, and a write hardly "
-        "shows in a read; 0 for 1 / sqrt(head width), as in the other memories, which are to change little",
+        "size of W2 k in the main memory at the start; far below 1, silu is linear, its output small, and a write "
+        "hardly shows in a read; 0 for 1 / sqrt(head width), as in the other memories, which are to change little",
         least=0,
     )
     step: Literal["exact", "mean", "one"] = setting(
         "exact",
-        "inner step: exact is beta eta / (1 + eta |x|^2), eta learnt (eq. 57); mean is that divided by the chunk; one is 1",
+        "inner step: exact is beta eta / (1 + eta |x|^2), eta learnt (eq. 57); mean divides it by the chunk; one is 1",
     )
     beta: float = setting(
         1.0, "what an inner step tends to, times 1 / |x|^2; above 1 the delta rule may change signs", above=0, most=2
@@ -119,8 +119,8 @@ class MemoryConfig:
     )
     own_input: bool = setting(
         True,
-        "every adaptive memory has an input projection of its own; with one for all, k and v are alike at the start, and a "
-        "key holds what its value does",
+        "every adaptive memory has an input projection of its own; with one for all, k and v are alike at the start, "
+        "and a key holds what its value does",
     )
     self_values: bool = setting(True, "every memory generates the value it is written with (eq. 84)")
     chunk: int = setting(64, "tokens between two refreshes of the main memory's gradients", least=1)

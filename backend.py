@@ -1,0 +1,86 @@
+"""Which code runs the loops of kernels.py: Triton on GPUs, plain PyTorch elsewhere; and Triton itself, if it is there.
+
+    uses_triton    what runs for a tensor; `using` changes that for a while, the environment's HOPE_KERNELS for a process
+    fall_back      the warning, given once, that plain PyTorch runs after all
+    precision      how products are computed
+
+kernels.py offers the first two as its own.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+    from triton.language import constexpr
+except ImportError:  # not for this platform: the reference does everything
+    triton = tl = None
+    jit = constexpr = lambda z: z
+
+CHOICES = "auto", "reference", "triton"
+
+
+def uses_triton(z: Tensor) -> bool:
+    """Whether the Triton kernels run for tensors on z's device, as the environment's HOPE_KERNELS says: "auto" (Triton
+    on GPUs), "reference" or "triton". ValueError for anything else, RuntimeError for "triton" where it can't run."""
+    choice = os.environ.get("HOPE_KERNELS") or "auto"
+    if choice not in CHOICES:
+        raise ValueError(f"HOPE_KERNELS is {choice!r}; allowed: {', '.join(CHOICES)}; unset it for auto")
+    if choice == "triton" and triton is None:
+        raise RuntimeError("HOPE_KERNELS is triton, which is not installed; `pip install triton`, or set it to auto")
+    if choice == "triton" and not z.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+        raise RuntimeError(f"HOPE_KERNELS is triton, which needs a GPU, but tensors are on {z.device}; set it to auto")
+    if choice == "auto" and triton is not None and z.is_cuda and (0, 0) < capability(z.device) < (8, 0):
+        fall_back("GPUs before sm_80 have neither TF32 nor bfloat16 products; HOPE_KERNELS=triton tries")
+        return False
+    return triton is not None and (choice == "triton" or choice == "auto" and z.is_cuda)
+
+
+@contextmanager
+def using(choice: str) -> Iterator[None]:
+    """For as long as it lasts, HOPE_KERNELS is `choice`, for the whole process: "reference", "triton" or "auto"
+    (see `uses_triton`). What it was comes back at the end, also after an error. ValueError for any other choice."""
+    if choice not in CHOICES:
+        raise ValueError(f"kernels.using({choice!r}): allowed are {', '.join(CHOICES)}")
+    before = os.environ.get("HOPE_KERNELS")
+    os.environ["HOPE_KERNELS"] = choice
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HOPE_KERNELS"]
+        else:
+            os.environ["HOPE_KERNELS"] = before
+
+
+@lru_cache(maxsize=None)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; (0, 0) for AMD's."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+def precision(device: torch.device) -> str:
+    """How the chunk kernels multiply, see `_dot`. `torch.set_float32_matmul_precision("high")` allows plain TF32."""
+    if device.type == "cuda" and capability(device) < (8, 0):  # AMD's multiply float32 as it is
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@lru_cache(maxsize=None)
+def fall_back(why: str) -> None:
+    warnings.warn(f"kernels: the plain PyTorch reference runs instead of Triton: {why}", stacklevel=3)
+
+
+def on_device(device: torch.device):
+    """Kernels are launched on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
