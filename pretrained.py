@@ -2,7 +2,8 @@
 
     load               the model of a run of train.py, or of an export
     from_pretrained    a Llama, Mistral, Qwen2 or GPT-2 model of transformers, its MLPs the first level of every CMS
-    pretrained_config, take_over    its two halves, for train.py: the config without the weights, then the weights
+    pretrained_config, take_over    its two halves: the config without the weights, then the weights
+    of_transformers, init_from      the same for `train.py --init-from`, which takes exports as well
 
 `hope.load` and `hope.from_pretrained` are these. The model is in hope.py, what trains it in train.py.
 """
@@ -10,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from data import Tokenizer, UserError, explained, extra, file_sha256, read_signed
 from hope import Hope, HopeConfig, MemoryConfig
 from settings import require
 
@@ -189,3 +191,45 @@ def copy_modules(ours: list[nn.Module], theirs: list[nn.Module]) -> None:
         targets = [getattr(m, kind) for m in ours]
         for target, part in zip(targets, rows.split([len(t) for t in targets])):
             target.copy_(part)
+
+
+# ---- For train.py ----
+
+
+def of_transformers(folder: Path) -> Callable[..., nn.Module] | None:
+    """For a folder with a pre-trained model of transformers, what makes that model, on the meta device without weights."""
+    path = folder / "config.json"
+    with explained(f"{path} cannot be used", "give a folder that --export made, or one of a pre-trained model"):
+        about = json.loads(path.read_text()) if path.exists() else {}
+        if about.get("model_type", "hope") == "hope":
+            return None
+
+    def make(weights: bool = False) -> nn.Module:
+        transformers = extra("transformers", f"the model in {folder}")
+        with explained(f"{folder} cannot be used", "give a folder that AutoModelForCausalLM loads", Exception):
+            auto = transformers.AutoModelForCausalLM
+            if weights:
+                return auto.from_pretrained(str(folder), local_files_only=True)
+            with torch.device("meta"):
+                return auto.from_config(transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True))
+
+    return make
+
+
+def init_from(model: Hope, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Take over the weights of an export, or of a pre-trained model of transformers."""
+    if theirs := of_transformers(folder):
+        other, size = theirs(weights=True), model.config.vocab_size
+        if (rows := len(other.get_input_embeddings().weight)) != size:
+            what = f"{folder} has embeddings for {rows:,} kinds of tokens, and the data has {size:,}"
+            raise UserError(f"{what}; leave --tokenizer out, so that its own is taken")
+        take_over(model, other)
+        return
+    fix = "give a folder that --export made"
+    with explained(f"{folder} cannot be used", fix, Exception):
+        about = read_signed(folder / "config.json", fix)
+        if file_sha256(folder / "model.safetensors") != about["model_sha256"]:
+            raise ValueError("model.safetensors was altered")
+        if about["tokenizer_sha256"] != (tokenizer and tokenizer.sha256):
+            raise ValueError("its tokenizer is another one; take its own, which is the default")
+        model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -18,8 +18,8 @@ In this file, in this order:
     trained, export    what comes of a run: samples, and weights for others
     main               the command line
 
-The model is in hope.py: `Hope.observe` reads a batch, gives its loss and writes the memories. The optimizers are in optim.py;
-what makes rows of tokens of the text that --data names is in data.py.
+The model is in hope.py: `Hope.observe` reads a batch, gives its loss and writes the memories. The optimizers are in
+optim.py; what makes rows of tokens of the text that --data names is in data.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -72,7 +71,6 @@ import hope
 import hub
 import kernels
 import optim
-import pretrained
 import tasks
 from data import (
     Corpus,
@@ -93,6 +91,7 @@ from data import (
     write_atomically,
 )  # fmt: skip
 from hope import INF, Hope, HopeConfig, MemoryConfig
+from pretrained import init_from, of_transformers, pretrained_config
 from settings import check_settings, setting
 
 # A state's tensors may be views, which nothing writes in place.
@@ -151,8 +150,8 @@ class TrainConfig:
     )
     init_from: str = setting(
         "",
-        "a folder that --export made, or one of a pre-trained Llama, Mistral, Qwen2 or GPT-2 model, whose MLPs then learn in context: "
-        "start with its weights, settings and tokenizer",
+        "a folder that --export made, or one of a pre-trained Llama, Mistral, Qwen2 or GPT-2 model, whose MLPs then "
+        "learn in context: start with its weights, settings and tokenizer",
     )
     overfit_one_batch: bool = setting(False, "read the first batch at every step: the loss must fall to almost nothing")
     eval_every: int = setting(50, "steps between two validations", least=1)
@@ -263,7 +262,7 @@ LOG = {
     "grad_norm": "norm of the gradient before clipping",
     "tokens": "tokens read so far: step x batch_size x seq_len",
     "tokens_per_s": "of the steps of the last seconds, validation and saving left out",
-    "utilisation": "6 operations per parameter (embedding left out) and token, as a part of the devices' peak, if it is known",
+    "utilisation": "6 operations per parameter (embedding left out) and token, as a part of the devices' peak, if known",
     "skipped": "why this step changed nothing, if it was skipped: loss and grad_norm are null if not finite",
     "val_loss": "* nats per token of held-out text",
     "val_bpb": "* the same in bits per byte of the text; not of a task",
@@ -303,7 +302,7 @@ FREE = {
 
 
 def differing(old: dict, new: dict) -> str:
-    """The first setting that two runs do not share and that may not change, as `name = old, not new`; steps may grow."""
+    """The first setting that two runs do not share and may not change, as `name = old, not new`; steps may grow."""
     flat = lambda c: {**c["train"], **c["model"], **c["model"]["memory"], "data_sha256": c["data_sha256"]}
     old, new = flat(old), flat(new)
     free = FREE | {"memory"} | ({"steps"} if new["steps"] > old["steps"] else set())
@@ -333,8 +332,8 @@ class Run:
     def open(self, config: dict) -> str:
         """Make the directory, or check that the one that is there belongs to this very run; and lock it.
 
-        A run may be made longer. Its learning rate is then what `learning_rate` makes of the new number of steps: along the
-        longer cosine from where it stands; with wsd from the checkpoint before the decay, and later ones are set
+        A run may be made longer. Its learning rate is then what `learning_rate` makes of the new number of steps: along
+        the longer cosine from where it stands; with wsd from the checkpoint before the decay, and later ones are set
         aside. Returns what there is to say of it.
         """
         path, other = self.path / "config.json", "use another directory (--out DIR)"
@@ -369,7 +368,8 @@ class Run:
     def save(self, state: dict, tensors: dict[str, Tensor], config: TrainConfig, world: World) -> None:
         """Start to write a checkpoint. Tensors are copied at once; the files are written while training goes on.
 
-        The newest `keep` are kept, and the one from which a run with wsd can be made longer. It is written beside and renamed at the end: a reader sees all of it or none. `wait` tells whether it worked.
+        The newest `keep` are kept, and the one from which a run with wsd can be made longer. It is written beside and
+        renamed at the end: a reader sees all of it or none. `wait` tells whether it worked.
         """
         self.wait(world)
         state = dict(state)  # of this step, while training goes on
@@ -580,10 +580,10 @@ def distribute(model: Hope, config: TrainConfig, world: World) -> None:
     """Cut the model up among the processes if it is to be (FSDP2).
 
     One group of weights for each block, gathered in bfloat16 where matrix products are; the start states and gates of
-    memories have a group of their own, in float32. Hope runs a block once for every segment of a stream, and each run has
-    a backward pass of its own for the CMS. Gathering weights and adding up gradients each time would cost one exchange a
-    segment; so weights are gathered once a step (`gathered`), gradients are added up once a step (`sum_gradients`),
-    and FSDP's hooks do nothing in between.
+    memories have a group of their own, in float32. Hope runs a block once for every segment of a stream, and each run
+    has a backward pass of its own for the CMS. Gathering weights and adding up gradients each time would cost one
+    exchange a segment; so weights are gathered once a step (`gathered`), gradients are added up once a step
+    (`sum_gradients`), and FSDP's hooks do nothing in between.
     """
     small = sum(p.numel() for p in model.parameters()) < 300e6 or world.size == 1
     if config.parallel == "ddp" or (config.parallel == "auto" and small):
@@ -653,7 +653,8 @@ def make_optimizers(model: Hope, config: TrainConfig) -> list[torch.optim.Optimi
     if slow and name == "dgd":
         raise UserError(
             f"--optimizer dgd needs the inputs of a step, and a CMS chunk of {slow[0]['chunk']} tokens spans "
-            f"{slow[0]['period']} steps of --seq-len {config.seq_len}; give --seq-len {slow[-1]['chunk']}, or another optimizer"
+            f"{slow[0]['period']} steps of --seq-len {config.seq_len}; give --seq-len {slow[-1]['chunk']}, or another "
+            "optimizer"
         )
     first = [optim.Accumulate(slow)] if slow else []
     last = [optim.EMA(model.parameters(), config.ema)] if config.ema else []
@@ -786,7 +787,7 @@ def why_skip(loss: float, norm: float, state: dict, config: TrainConfig) -> str:
 
 
 def tensors_of(model: Hope, optimizers: Sequence[torch.optim.Optimizer] = ()) -> dict[str, Tensor]:
-    """What a checkpoint holds, by name: weights, optimizer states (if they have none yet, empty ones) and torch's RNG."""
+    """What a checkpoint holds, by name: weights, optimizer states (if there are none yet, empty ones), torch's RNG."""
     names = {p: name for name, p in model.named_parameters()}
     tensors = {f"model.{name}": p.detach() for p, name in names.items()}
     for optimizer in optimizers:
@@ -842,8 +843,8 @@ SPEED_SECONDS = 5.0
 def interruptible() -> Iterator[threading.Event]:
     """Turns Ctrl-C and SIGTERM into a flag, so that a step is finished and saved; a second one stops at once.
 
-    Under torchrun it does not, since torchrun passes a Ctrl-C on that the process gets by itself as well; it kills what is
-    left after 30 seconds.
+    Under torchrun it does not, since torchrun passes a Ctrl-C on that the process gets by itself as well; it kills what
+    is left after 30 seconds.
     """
     hit = threading.Event()
 
@@ -861,7 +862,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def present_rate(recent: deque[tuple[float, float]], begun: float) -> float:
-    """Steps a second, of those that ended in the last SPEED_SECONDS, the one that began at `begun` and ends now included."""
+    """Steps a second, of those that ended in the last SPEED_SECONDS and the one that began at `begun` and ends now."""
     now = time.perf_counter()
     recent.append((now, now - begun))
     while now - recent[0][0] > SPEED_SECONDS:
@@ -939,10 +940,8 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     # Unprepared data is prepared by the first process to lock it, and the others wait.
     corpus = world.together(lambda: Corpus.open(config))
     tokenizer = corpus.tokenizer
-    vocab_size = max(
-        corpus.vocab_size, model_config.vocab_size if config.init_from else 0
-    )  # of embeddings that are there
-    model_config = replace(model_config, vocab_size=vocab_size)
+    there = model_config.vocab_size if config.init_from else 0  # embeddings
+    model_config = replace(model_config, vocab_size=max(corpus.vocab_size, there))
     hashes = {"data_sha256": corpus.sha256, "tokenizer_sha256": tokenizer and tokenizer.sha256}
     stored = to_json(config, model_config, hashes)
     torch.manual_seed(config.seed)
@@ -968,10 +967,8 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     what = f"from {Path(config.init_from).name}" if config.init_from else f"size {config.size}"
     title = f"{config.arch}, {what}, {size:,} parameters"
     on = f"{world.size} x {world.device.type}" if world.size > 1 else world.device
-    say(
-        f"\n{title}\n{corpus}, on {on}\n\n{hope.levels(model, [o for o in optimizers if not isinstance(o, optim.EMA)])}\n"
-    )
-
+    view = hope.levels(model, [o for o in optimizers if not isinstance(o, optim.EMA)])
+    say(f"\n{title}\n{corpus}, on {on}\n\n{view}\n")
     peak, inner = world.size * peak_flops(config, world.device), size - model.embed.weight.numel()
     if world.rank == 0:
         run.track = make_tracker(config)
@@ -1289,10 +1286,10 @@ def sample_text(model: Hope, tokenizer: Tokenizer, how: Command, seed: int) -> s
 
 
 def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer | None, dict]:
-    """Settings, model (its averaged weights, if it has some) and tokenizer of the run or export at `path`, and what it is.
+    """Settings, model (its averaged weights, if any) and tokenizer of the run or export at `path`, and what it is.
 
-    A run's newest checkpoint, unless `path` is that of another one. A run on a task has no tokenizer. It may also be the
-    folder of a pre-trained model of transformers.
+    A run's newest checkpoint, unless `path` is that of another one. A run on a task has no tokenizer. It may also be
+    the folder of a pre-trained model of transformers.
     """
     chosen = path if path.parent.name == "checkpoints" else None
     path = chosen.parents[1] if chosen else path
@@ -1336,45 +1333,6 @@ def export(run: Path, device: str | None) -> None:
     hub.write_folder(beside, model, tokenizer, about, validated[-1] if validated else {})
     put_in_place(beside, target)
     print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters; AutoModelForCausalLM reads it as well")
-
-
-def of_transformers(folder: Path) -> Callable[..., torch.nn.Module] | None:
-    """For a folder with a pre-trained model of transformers, what makes that model, on the meta device without weights."""
-    path = folder / "config.json"
-    with explained(f"{path} cannot be used", "give a folder that --export made, or one of a pre-trained model"):
-        about = json.loads(path.read_text()) if path.exists() else {}
-        if about.get("model_type", "hope") == "hope":
-            return None
-
-    def make(weights: bool = False) -> torch.nn.Module:
-        transformers = extra("transformers", f"the model in {folder}")
-        with explained(f"{folder} cannot be used", "give a folder that AutoModelForCausalLM loads", Exception):
-            auto = transformers.AutoModelForCausalLM
-            if weights:
-                return auto.from_pretrained(str(folder), local_files_only=True)
-            with torch.device("meta"):
-                return auto.from_config(transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True))
-
-    return make
-
-
-def init_from(model: Hope, tokenizer: Tokenizer | None, folder: Path) -> None:
-    """Take over the weights of an export, or of a pre-trained model of transformers."""
-    if theirs := of_transformers(folder):
-        other, size = theirs(weights=True), model.config.vocab_size
-        if (rows := len(other.get_input_embeddings().weight)) != size:
-            what = f"{folder} has embeddings for {rows:,} kinds of tokens, and the data has {size:,}"
-            raise UserError(f"{what}; leave --tokenizer out, so that its own is taken")
-        pretrained.take_over(model, other)
-        return
-    fix = "give a folder that --export made"
-    with explained(f"{folder} cannot be used", fix, Exception):
-        about = read_signed(folder / "config.json", fix)
-        if file_sha256(folder / "model.safetensors") != about["model_sha256"]:
-            raise ValueError("model.safetensors was altered")
-        if about["tokenizer_sha256"] != (tokenizer and tokenizer.sha256):
-            raise ValueError("its tokenizer is another one; take its own, which is the default")
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
 
 
 # ---- Command line: one flag for every field of the four configs ----
@@ -1463,7 +1421,7 @@ def configs(args: argparse.Namespace) -> tuple[TrainConfig, HopeConfig]:
         return config, HopeConfig.preset(config.size, config.arch, **outer, **inner)
     if not args.resume and (theirs := of_transformers(Path(folder))):
         base = {"arch": "hope-attention", "tokenizer": folder, "out": f"runs/{Path(folder).resolve().name}"}
-        return TrainConfig(**base | settings), pretrained.pretrained_config(theirs(), **outer, **inner)
+        return TrainConfig(**base | settings), pretrained_config(theirs(), **outer, **inner)
     config, model, _ = from_json(Path(folder, "config.json"))
     base = {"size": config.size, "arch": config.arch, "tokenizer": tokenizer_in(Path(folder))}
     settings = asdict(config) | settings | {"out": folder} if args.resume else base | settings
@@ -1473,17 +1431,18 @@ def configs(args: argparse.Namespace) -> tuple[TrainConfig, HopeConfig]:
 def run_command(args: argparse.Namespace) -> int:
     command = Command(**given(args, Command))
     command.refuse_ignored(name for name, value in vars(args).items() if value not in (None, False))
-    if command.sample:
+    if folder := command.sample or command.chat:
         if not command.prompt:
             raise UserError('--prompt is empty; give some text to start from, as in --prompt "The "')
-        config, model, tokenizer, _ = trained(Path(command.sample), args.device)
-        print(sample(model, tokenizer, config, command, config.seed if args.seed is None else args.seed))
-    elif command.chat:
-        config, model, tokenizer, _ = trained(Path(command.chat), args.device)
+        config, model, tokenizer, _ = trained(Path(folder), args.device)
+        seed = config.seed if args.seed is None else args.seed
+        if command.sample:
+            print(sample(model, tokenizer, config, command, seed))
+            return 0
         if tokenizer is None:
-            raise UserError(f"{command.chat} was trained on {config.data}, which is no text to talk in; see --sample")
-        torch.manual_seed(config.seed if args.seed is None else args.seed)
-        title = f"{command.chat}: {config.arch}, {sum(p.numel() for p in model.parameters()):,} parameters"
+            raise UserError(f"{folder} was trained on {config.data}, which is no text to talk in; see --sample")
+        torch.manual_seed(seed)
+        title = f"{folder}: {config.arch}, {sum(p.numel() for p in model.parameters()):,} parameters"
         chat.talk(model, tokenizer, title, max_new_tokens=command.max_new_tokens, **drawing(command))
     elif command.export:
         export(Path(command.export), args.device)
