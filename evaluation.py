@@ -4,7 +4,7 @@
     python evaluation.py runs/mqar --tasks mqar,pairs=16         a task of tasks.py, here harder than in training
     python evaluation.py runs/tiny --tasks position continual    perplexity against position; class after class
     python evaluation.py runs/tiny --checkpoints 50 100 200      the same model at other times: what was forgotten
-    python evaluation.py runs/tiny --demo                        see what surprises it, and what it learns (needs ".[demo]")
+    python evaluation.py runs/tiny --demo                        what surprises it, and what it learns (needs ".[demo]")
     python evaluation.py gpt2 --cms 64 --tasks lambada_openai    a pre-trained model, its MLPs as a CMS
 
 Every figure comes twice: with the continuum memory system (CMS) read as it stands, and with what it learns from the
@@ -56,8 +56,8 @@ from train import TrainConfig
 # Groups of tasks; what is no task of ours is the harness's.
 NEEDLES = ("single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3", "multivalue", "multiquery")
 GROUPS = {
-    "paper": ["wikitext", "lambada_openai", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "social_iqa",
-              "boolq", "commonsense_qa", "openbookqa"],
+    "paper": ["wikitext", "lambada_openai", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge",
+              "social_iqa", "boolq", "commonsense_qa", "openbookqa"],
     "recall": ["swde", "fda", "squad_completion", "nq_open", "triviaqa", "drop"],
     "ruler": [f"niah_{name}" for name in NEEDLES],
     "babilong": [f"babilong_qa{i}" for i in range(1, 21)],
@@ -72,8 +72,8 @@ class Options:
 
     tasks: tuple[str, ...] = setting(
         ("position",),
-        f"groups: {', '.join(GROUPS)}; position or continual, with options as in position,text=FILE,length=4096; a task of "
-        "tasks.py, as in mqar,pairs=8 (task:recall for the one that is called like a group); any task of "
+        f"groups: {', '.join(GROUPS)}; position or continual, with options as in position,text=FILE,length=4096; a "
+        "task of tasks.py, as in mqar,pairs=8 (task:recall for the one that is called like a group); any task of "
         "lm-evaluation-harness",
     )
     memorize: Literal["both", "on", "off"] = setting("both", "whether the CMS learns from what it reads")
@@ -89,8 +89,8 @@ class Options:
     include_path: str = setting("", "folder with harness tasks of your own, as YAML")
     batch_size: int = setting(16, "sequences at once", least=1)
     context: int = setting(
-        0, "tokens that the memories see at once, longer text in windows; 0: with attention to everything the length of "
-        "training, else no limit", least=0,
+        0, "tokens that the memories see at once, longer text in windows; 0: with attention to everything the length "
+        "of training, else no limit", least=0,
     )  # fmt: skip
     checkpoints: tuple[str, ...] = setting((), "steps of the run, or other runs, to measure: what was forgotten?")
     cms: tuple[float, ...] = setting((64.0,), "pre-trained models: chunk sizes of the CMS made of their MLPs", least=1)
@@ -584,7 +584,7 @@ def run_position(spec: str, subject: Subject, reader: Reader, options: Options, 
 
 
 def run_continual(spec: str, subject: Subject, reader: Reader, options: Options, ask: Ask) -> list[Figure]:
-    """Stage after stage: accuracy on all stages met so far, and how much of the best there was has been lost (Fig. 6)."""
+    """Stage after stage: accuracy on all stages met so far, and how much of the best there was is lost (Fig. 6)."""
     o = settings_of(spec, **continual.DEFAULTS)
     written, batch = subject.model.config.written, options.batch_size
     methods = {f"CMS, {k} levels" if k else "in context": tuple(written[:k]) for k in range(len(written) + 1)}

@@ -6,6 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -58,6 +59,16 @@ def test_what_modules_offer_exists_and_is_what_a_star_imports():
     assert set(optim.__all__) == {c.__name__ for c in vars(optim).values() if isinstance(c, type) and c.__module__ == "optim"
                                   and issubclass(c, torch.optim.Optimizer)}  # fmt: skip
     assert "import hope" not in (ROOT / "optim.py").read_text() and "import optim" not in (ROOT / "hope.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "name, most", [("kernels", 1500), ("hope", 1300), ("optim", 450), ("train", 1300), ("evaluation", 750)]
+)
+def test_a_file_stays_within_its_lines(name, most):
+    """What outgrows its budget is usually a special case that a cleaner mechanism removes, or a job for a library."""
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    assert len(lines) <= most
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
 
 
 def test_top_level_modules_are_those_that_are_installed():
