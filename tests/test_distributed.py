@@ -6,7 +6,6 @@ made by one process, and the tests compare.
 
 import json
 import os
-import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -210,105 +209,6 @@ def test_a_checkpoint_of_two_processes_holds_what_they_trained(runs):
         )
         trained = load_file(f"{name}.0")
         assert all(torch.equal(p, trained[k]) for k, p in model.named_parameters())
-
-
-def peak_bytes(config: train.TrainConfig, model_config: hope.HopeConfig) -> float:
-    """What torch's allocator has given out at most in a step, weights and optimizer included."""
-    torch.manual_seed(0)
-    world, model = train.World(config), hope.Hope(model_config)
-    model.recompute = config.recompute
-    optimizers = train.make_optimizers(model, config)
-    x = torch.randint(model_config.vocab_size, (config.batch_size, config.seq_len))
-    for i in range(2):
-        with torch.profiler.profile(profile_memory=True) as seen:
-            train.find_gradients(model, x, x, config, world)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for change in sorted(changes, key=lambda e: e.start_ns()):
-        now += change.nbytes()
-        peak = max(peak, now)
-    kept = [v for optimizer in optimizers for state in optimizer.state.values() for v in state.values()]
-    return peak + 4 * sum(t.numel() for t in [*model.parameters(), *kept])
-
-
-def planned(capsys, *args: str) -> dict[str, list[float]]:
-    """The rows of --plan's table: bytes of parameters, gradients, optimizer, states, activations, peak."""
-    assert train.main(["--plan", *args]) == 0
-    out = capsys.readouterr().out
-    rows = re.findall(r"^(ddp|fsdp) +([\d. ]+)$", out, re.M)
-    return {name: [1e9 * float(x) for x in row.split()] for name, row in rows}
-
-
-@pytest.mark.parametrize(
-    "size, settings",
-    [
-        ("tiny", dict(seq_len=128, batch_size=2)),
-        ("tiny", dict(seq_len=256, batch_size=2, arch="transformer++", optimizer="adamw")),
-        ("tiny", dict(seq_len=128, batch_size=2, truncate=True, recompute=True)),
-        pytest.param("60m", dict(seq_len=256, batch_size=2, optimizer="adamw"), marks=pytest.mark.slow),
-    ],
-)
-def test_the_plan_foretells_the_memory_of_a_step(size, settings, capsys):
-    config = train.TrainConfig(size=size, precision="float32", **settings)
-    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in settings.items()]
-    foretold = planned(capsys, "--size", size, "--precision", "float32", *flags)["ddp"][5]
-    assert foretold == pytest.approx(peak_bytes(config, hope.HopeConfig.preset(size, config.arch)), rel=0.15)
-
-
-@pytest.mark.parametrize("optimizer", train.KEPT)
-def test_optimizers_keep_as_many_numbers_as_the_plan_says(optimizer):
-    model = hope.Hope(hope.HopeConfig.preset("tiny", n_layer=1))
-    optimizers = train.make_optimizers(model, replace(CONFIG, optimizer=optimizer, seq_len=512))
-    tokens = torch.zeros(1, 2, dtype=torch.long)
-    model.observe(tokens, tokens, backward=True)
-    for o in optimizers:
-        o.step()
-    for kind, of_each in (("matrix", train.KEPT[optimizer]), ("rest", 2.0)):
-        weights = hope.param_groups(model)[kind]
-        kept = sum(v.numel() for o in optimizers for p in weights for v in o.state.get(p, {}).values())
-        of_each += bool(CONFIG.ema)  # the plan adds the average of the weights to what KEPT says
-        assert kept / sum(p.numel() for p in weights) == pytest.approx(of_each, abs=1e-3)
-
-
-def test_the_plan_counts_the_tokens_of_the_tokenizer(capsys):
-    assert train.main(["--plan", "--size", "60m", "--arch", "transformer++", "--tokenizer", "train:8000"]) == 0
-    assert "4,096,000 embed tokens" in capsys.readouterr().out
-    assert train.main(["--plan", "--tokenizer", "train:8"]) == 2
-    assert "a number of tokens from 257" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arch", [pytest.param("hope", marks=pytest.mark.slow), "hope-attention"])
-def test_the_plan_of_a_long_stream_is_extended_from_short_ones(arch):
-    config, dtype = train.TrainConfig(seq_len=384), torch.float32
-    model = hope.HopeConfig.preset("tiny", arch, d_model=32, n_head=2, n_layer=3, chunk=64, cms=(64, hope.INF))
-    whole = train.rehearse(model, config, 2, 384, dtype)
-    assert list(train.forecast(model, config, 2, dtype)) == pytest.approx(list(whole), rel=0.02)
-
-
-def test_the_plan_of_many_gpus(capsys):
-    flags = ["--size", "1.3b", "--arch", "transformer++", "--batch-size", "64", "--seq-len", "64", "--gpus", "8"]
-    table = planned(capsys, *flags)
-    p = sum(w.numel() for w in hope_on_meta("1.3b", "transformer++").parameters())
-    assert table["ddp"][:2] == pytest.approx([4 * p, 4 * p], rel=1e-2)
-    assert table["fsdp"][2] == pytest.approx(table["ddp"][2] / 8, rel=1e-2)
-    assert table["fsdp"][5] < table["ddp"][5]
-    train.main(["--plan", *flags, "--tokens", "1e11"])
-    out = capsys.readouterr().out
-    flops = float(re.search(r"([\d.e+]+) operations a token", out)[1])
-    speed, used, days = re.search(r"8 x H100: ([\d,]+) tokens/s, ([\d.]+)% of .*, ([\d.e+-]+) days", out).groups()
-    speed, used, days = float(speed.replace(",", "")), float(used) / 100, float(days)
-    assert flops == pytest.approx(6 * p, rel=0.1)  # short rows: attention itself hardly counts
-    assert days == pytest.approx(1e11 / speed / 86400, rel=0.02)
-    assert used == pytest.approx(speed * flops / (8 * 400e12), rel=0.02)
-    assert train.main(["--plan", *flags, "--gpus", "5"]) == 2
-
-
-def hope_on_meta(size: str, arch: str) -> hope.Hope:
-    with torch.device("meta"):
-        return hope.Hope(hope.HopeConfig.preset(size, arch))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -293,40 +292,6 @@ def test_the_loss_curves_running_mean_starts_at_the_loss(monkeypatch):
     run_dir.plot("constant", 1.5)
     each, mean, _ = drawn[0].axes[0].lines
     assert list(each.get_ydata()) == [3.0] * 60 and mean.get_ydata() == pytest.approx([3.0] * 60)
-
-
-def test_one_gpu_is_one_gpu_and_two_are_two(capsys):
-    for gpus, text in (("1", "tokens on 1 GPU, "), ("2", "tokens on 2 GPUs, ")):
-        assert run("--plan", "--gpus", gpus) == 0 and text in capsys.readouterr().out
-
-
-def test_the_plan_counts_launches_bytes_and_arithmetic_and_takes_the_larger_of_each():
-    device = train.Device("slow", launch=1.0, least=2.0, bandwidth=8.0, float32=100.0, bfloat16=1000.0)
-    a, b = torch.ones(4, 8), torch.ones(8, 16)
-    with train.Meter(device) as meter:
-        c = a @ b  # 4 (32 + 128 + 64) bytes, 2 x 4 x 8 x 16 operations
-        c.mT.reshape(-1)[:2].view(2)  # of these only reshape copies: 2 x 256 bytes
-        a[0, :1].add_(1.0)  # 8 bytes, fewer than the least time takes
-        a.bfloat16() @ b.bfloat16()  # 6 bytes an element to turn, 2 x (32 + 128 + 64) bytes
-    moved = [896, 512, 8, 6 * 32, 6 * 128, 448]
-    assert (meter.launches, meter.moved) == (6, sum(moved))
-    assert meter.arithmetic == {"float32": 1024, "bfloat16": 1024}
-    assert meter.busy == pytest.approx(sum(max(2.0, z / 8) for z in moved))
-    assert device.seconds(1.0, 1000.0, 1000.0) == 11.0
-
-
-def test_the_plan_names_what_takes_longest_and_reads_a_measured_device(monkeypatch, capsys):
-    plan = ["--plan", "--arch", "transformer++", "--seq-len", "32"]
-    assert run(*plan) == 0
-    assert re.search(r"H100 \(assumed; .*\n +launches .*<- what takes longest", capsys.readouterr().out)
-    monkeypatch.setattr(train, "__file__", str(Path("train.py").absolute()))
-    os.makedirs("tests/bench")
-    measured = train.Device("card", 1e-12, 1e-12, 1e3, 1e9, 1e9)
-    Path("tests/bench/gpu.json").write_text(json.dumps({"device": asdict(measured)}))
-    assert run(*plan) == 0
-    assert re.search(r"card \(measured\)\n.*\n +bytes .*<- what takes longest", capsys.readouterr().out)
-    Path("tests/bench/gpu.json").write_text("{}")
-    assert "gpu.json cannot be used" in error(capsys, *plan)
 
 
 def test_what_takes_long_is_said(monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """Does the arithmetic of `train.py --plan` foretell a step's time? Asked of this CPU, whose constants are measured first.
 
-    python tests/bench/plan.py
+    python tests/bench/forecast.py
 
 prints, for Hope and Transformer++ of size tiny, the forward and backward pass of a batch as foretold and as it is. Foretold
 is too little, .45 of Hope's and .7 of the Transformer's: a CPU cannot give itself the next operation while it works, small
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import plan
 import train
 from hope import Hope, HopeConfig
 
@@ -41,24 +42,24 @@ def small_operations() -> Tensor:
     return x
 
 
-def measure() -> train.Device:
+def measure() -> plan.Device:
     """This CPU. It gives operations to itself, so that launches and work are one."""
-    endless = train.Device("", 0.0, 0.0, 1.0, 1.0, 1.0)
-    with train.Meter(endless) as meter:
+    endless = plan.Device("", 0.0, 0.0, 1.0, 1.0, 1.0)
+    with plan.Meter(endless) as meter:
         small_operations()
     least = seconds(small_operations) / meter.launches
     a, b = torch.ones(2**20), torch.ones(2**20)
     bandwidth = 2 * 4 * 2**20 / seconds(lambda: torch.add(a, 1.0, out=b))
     m, n = torch.ones(40, 64, 32), torch.ones(40, 32, 64)
     rate = 2 * 40 * 64 * 32 * 64 / seconds(lambda: m @ n)
-    return train.Device("CPU", 0.0, least, bandwidth, rate, rate)
+    return plan.Device("CPU", 0.0, least, bandwidth, rate, rate)
 
 
-def foretold_and_found(arch: str, device: train.Device, seq_len: int = 256) -> tuple[float, float]:
+def foretold_and_found(arch: str, device: plan.Device, seq_len: int = 256) -> tuple[float, float]:
     """Seconds of a batch's forward and backward pass."""
     config, model_config = train.TrainConfig(arch=arch, seq_len=seq_len), HopeConfig.preset("tiny", arch)
-    with patch.object(train.Device, "known", lambda: device):
-        foretold = train.rehearse(model_config, config, config.batch_size, seq_len, torch.float32).busy
+    with patch.object(plan.Device, "known", lambda: device):
+        foretold = plan.rehearse(model_config, config, config.batch_size, seq_len, torch.float32).busy
     torch.manual_seed(0)
     model, x = Hope(model_config), torch.randint(256, (config.batch_size, seq_len))
     return foretold, seconds(lambda: model.observe(x, x, reduction="none")[0].sum().backward(), 5)

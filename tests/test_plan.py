@@ -1,0 +1,153 @@
+"""What `--plan` says: memory against torch's allocator, counts against arithmetic by hand, and what it calls the longest."""
+
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import hope
+import plan
+import train
+
+SMALL = ["--plan", "--arch", "transformer++", "--seq-len", "32"]
+
+
+def peak_bytes(config: train.TrainConfig, model_config: hope.HopeConfig) -> float:
+    """What torch's allocator has given out at most in a step, weights and optimizer included."""
+    torch.manual_seed(0)
+    world, model = train.World(config), hope.Hope(model_config)
+    model.recompute = config.recompute
+    optimizers = train.make_optimizers(model, config)
+    x = torch.randint(model_config.vocab_size, (config.batch_size, config.seq_len))
+    for i in range(2):
+        with torch.profiler.profile(profile_memory=True) as seen:
+            train.find_gradients(model, x, x, config, world)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        now += change.nbytes()
+        peak = max(peak, now)
+    kept = [v for optimizer in optimizers for state in optimizer.state.values() for v in state.values()]
+    return peak + 4 * sum(t.numel() for t in [*model.parameters(), *kept])
+
+
+def planned(capsys, *args: str) -> dict[str, list[float]]:
+    """The rows of --plan's table: bytes of parameters, gradients, optimizer, states, activations, peak."""
+    assert train.main(["--plan", *args]) == 0
+    out = capsys.readouterr().out
+    rows = re.findall(r"^(ddp|fsdp) +([\d. ]+)$", out, re.M)
+    return {name: [1e9 * float(x) for x in row.split()] for name, row in rows}
+
+
+@pytest.mark.parametrize(
+    "size, settings",
+    [
+        ("tiny", dict(seq_len=128, batch_size=2)),
+        ("tiny", dict(seq_len=256, batch_size=2, arch="transformer++", optimizer="adamw")),
+        ("tiny", dict(seq_len=128, batch_size=2, truncate=True, recompute=True)),
+        pytest.param("60m", dict(seq_len=256, batch_size=2, optimizer="adamw"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_plan_foretells_the_memory_of_a_step(size, settings, capsys):
+    config = train.TrainConfig(size=size, precision="float32", **settings)
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in settings.items()]
+    foretold = planned(capsys, "--size", size, "--precision", "float32", *flags)["ddp"][5]
+    assert foretold == pytest.approx(peak_bytes(config, hope.HopeConfig.preset(size, config.arch)), rel=0.15)
+
+
+@pytest.mark.parametrize("optimizer", plan.KEPT)
+def test_optimizers_keep_as_many_numbers_as_the_plan_says(optimizer):
+    model, config = (
+        hope.Hope(hope.HopeConfig.preset("tiny", n_layer=1)),
+        train.TrainConfig(optimizer=optimizer, ema=0.5),
+    )
+    optimizers = train.make_optimizers(model, config)
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    model.observe(tokens, tokens, backward=True)
+    for o in optimizers:
+        o.step()
+    for kind, of_each in (("matrix", plan.KEPT[optimizer]), ("rest", 2.0)):
+        weights = hope.param_groups(model)[kind]
+        kept = sum(v.numel() for o in optimizers for p in weights for v in o.state.get(p, {}).values())
+        of_each += bool(config.ema)  # the plan adds the average of the weights to what KEPT says
+        assert kept / sum(p.numel() for p in weights) == pytest.approx(of_each, abs=1e-3)
+
+
+def test_the_plan_counts_the_tokens_of_the_tokenizer(capsys):
+    assert train.main(["--plan", "--size", "60m", "--arch", "transformer++", "--tokenizer", "train:8000"]) == 0
+    assert "4,096,000 embed tokens" in capsys.readouterr().out
+    assert train.main(["--plan", "--tokenizer", "train:8"]) == 2
+    assert "a number of tokens from 257" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", [pytest.param("hope", marks=pytest.mark.slow), "hope-attention"])
+def test_the_plan_of_a_long_stream_is_extended_from_short_ones(arch):
+    config, dtype = train.TrainConfig(seq_len=384), torch.float32
+    model = hope.HopeConfig.preset("tiny", arch, d_model=32, n_head=2, n_layer=3, chunk=64, cms=(64, hope.INF))
+    whole = plan.rehearse(model, config, 2, 384, dtype)
+    assert list(plan.forecast(model, config, 2, dtype)) == pytest.approx(list(whole), rel=0.02)
+
+
+def test_the_plan_of_many_gpus(capsys):
+    flags = ["--size", "1.3b", "--arch", "transformer++", "--batch-size", "64", "--seq-len", "64", "--gpus", "8"]
+    table = planned(capsys, *flags)
+    p = sum(w.numel() for w in hope_on_meta("1.3b", "transformer++").parameters())
+    assert table["ddp"][:2] == pytest.approx([4 * p, 4 * p], rel=1e-2)
+    assert table["fsdp"][2] == pytest.approx(table["ddp"][2] / 8, rel=1e-2)
+    assert table["fsdp"][5] < table["ddp"][5]
+    train.main(["--plan", *flags, "--tokens", "1e11"])
+    out = capsys.readouterr().out
+    flops = float(re.search(r"([\d.e+]+) operations a token", out)[1])
+    speed, used, days = re.search(r"8 x H100: ([\d,]+) tokens/s, ([\d.]+)% of .*, ([\d.e+-]+) days", out).groups()
+    speed, used, days = float(speed.replace(",", "")), float(used) / 100, float(days)
+    assert flops == pytest.approx(6 * p, rel=0.1)  # short rows: attention itself hardly counts
+    assert days == pytest.approx(1e11 / speed / 86400, rel=0.02)
+    assert used == pytest.approx(speed * flops / (8 * 400e12), rel=0.02)
+    assert train.main(["--plan", *flags, "--gpus", "5"]) == 2
+
+
+def hope_on_meta(size: str, arch: str) -> hope.Hope:
+    with torch.device("meta"):
+        return hope.Hope(hope.HopeConfig.preset(size, arch))
+
+
+def test_one_gpu_is_one_gpu_and_two_are_two(capsys):
+    for gpus, text in (("1", "tokens on 1 GPU, "), ("2", "tokens on 2 GPUs, ")):
+        assert train.main([*SMALL, "--gpus", gpus]) == 0 and text in capsys.readouterr().out
+
+
+def test_the_plan_counts_launches_bytes_and_arithmetic_and_takes_the_larger_of_each():
+    device = plan.Device("slow", launch=1.0, least=2.0, bandwidth=8.0, float32=100.0, bfloat16=1000.0)
+    a, b = torch.ones(4, 8), torch.ones(8, 16)
+    with plan.Meter(device) as meter:
+        c = a @ b  # 4 (32 + 128 + 64) bytes, 2 x 4 x 8 x 16 operations
+        c.mT.reshape(-1)[:2].view(2)  # of these only reshape copies: 2 x 256 bytes
+        a[0, :1].add_(1.0)  # 8 bytes, fewer than the least time takes
+        a.bfloat16() @ b.bfloat16()  # 6 bytes an element to turn, 2 x (32 + 128 + 64) bytes
+    moved = [896, 512, 8, 6 * 32, 6 * 128, 448]
+    assert (meter.launches, meter.moved) == (6, sum(moved))
+    assert meter.arithmetic == {"float32": 1024, "bfloat16": 1024}
+    assert meter.busy == pytest.approx(sum(max(2.0, z / 8) for z in moved))
+    assert device.seconds(1.0, 1000.0, 1000.0) == 11.0
+
+
+def test_the_plan_names_what_takes_longest_and_reads_a_measured_device(tmp_path, monkeypatch, capsys):
+    asked = ["--plan", "--arch", "transformer++", "--seq-len", "32"]
+    assert train.main(asked) == 0
+    assert re.search(r"H100 \(assumed; .*\n +launches .*<- what takes longest", capsys.readouterr().out)
+    monkeypatch.setattr(plan, "__file__", str(tmp_path / "plan.py"))
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("tests/bench")
+    measured = plan.Device("card", 1e-12, 1e-12, 1e3, 1e9, 1e9)
+    Path("tests/bench/gpu.json").write_text(json.dumps({"device": asdict(measured)}))
+    assert train.main(asked) == 0
+    assert re.search(r"card \(measured\)\n.*\n +bytes .*<- what takes longest", capsys.readouterr().out)
+    Path("tests/bench/gpu.json").write_text("{}")
+    assert train.main(asked) == 2 and "gpu.json cannot be used" in capsys.readouterr().err
