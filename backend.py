@@ -1,10 +1,10 @@
 """Which code runs the loops of kernels.py: Triton on GPUs, plain PyTorch elsewhere; and Triton itself, if it is there.
 
     uses_triton    what runs for a tensor; `using` changes that for a while, the environment's HOPE_KERNELS for a process
-    fall_back      the warning, given once, that plain PyTorch runs after all
+    suits, scans   whether it can, for given tensors; `fall_back` warns, once, where plain PyTorch runs after all
     precision      how products are computed
 
-kernels.py offers the first two as its own.
+kernels.py offers `uses_triton`, `using` and `scans` as its own.
 """
 
 from __future__ import annotations
@@ -79,6 +79,26 @@ def precision(device: torch.device) -> str:
 @lru_cache(maxsize=None)
 def fall_back(why: str) -> None:
     warnings.warn(f"kernels: the plain PyTorch reference runs instead of Triton: {why}", stacklevel=3)
+
+
+def suits(*tensors: Tensor | None) -> bool:
+    """Whether `dgd_chunk`'s kernels take these M, m, X, ...; a warning, once, says why not."""
+    M, _, X = tensors[:3]
+    wrong = {z.dtype for z in tensors if z is not None} - {torch.float32, torch.bfloat16, torch.float16}
+    if wrong:
+        fall_back(f"no kernel for {', '.join(map(str, wrong))}; use float32 or bfloat16")
+    elif max(M.shape[-2:]) > 256:
+        fall_back(f"a memory of {M.shape[-2]} x {M.shape[-1]} is wider than 256; use more heads or a smaller `expand`")
+    return not wrong and max(M.shape[-2:]) <= 256 and min(M.numel(), X.numel()) > 0
+
+
+def scans(x: Tensor, width: int) -> bool:
+    """Whether `memory_scan` runs for streams like x of heads this wide: by Triton, without gradients."""
+    if torch.is_grad_enabled() or x.dtype == torch.float64 or not uses_triton(x):
+        return False
+    if width > 128:
+        fall_back(f"chunk by chunk: heads of {width} are wider than 128, too wide for a single launch; use more heads")
+    return width <= 128
 
 
 def on_device(device: torch.device):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backend import constexpr, fall_back, jit, on_device, precision, tl, uses_triton, using
+from backend import constexpr, jit, on_device, precision, scans, suits, tl, uses_triton, using
 from backend import triton as triton  # None where it is not installed
 
 __all__ = [
@@ -124,20 +124,9 @@ def dgd_chunk(
     inputs = M, m, X, D, Q, eta, alpha, theta
     _check_chunk(*inputs)
     rule = _Rule(ema, inclusive, delta, readers)
-    if uses_triton(X) and _suits(*inputs):
+    if uses_triton(X) and suits(*inputs):
         return _TritonChunk.apply(rule, *inputs)
     return _reference(*inputs, rule, gates, MX)
-
-
-def _suits(*tensors: Tensor | None) -> bool:
-    """Whether `dgd_chunk`'s kernels take these M, m, X, ...; a warning, once, says why not."""
-    M, _, X = tensors[:3]
-    wrong = {z.dtype for z in tensors if z is not None} - {torch.float32, torch.bfloat16, torch.float16}
-    if wrong:
-        fall_back(f"no kernel for {', '.join(map(str, wrong))}; use float32 or bfloat16")
-    elif max(M.shape[-2:]) > 256:
-        fall_back(f"a memory of {M.shape[-2]} x {M.shape[-1]} is wider than 256; use more heads or a smaller `expand`")
-    return not wrong and max(M.shape[-2:]) <= 256 and min(M.numel(), X.numel()) > 0
 
 
 def _check_chunk(*inputs: Tensor | None) -> None:
@@ -1383,15 +1372,6 @@ def _memory_scan(
                     _store_tokens(out, r + _tokens(q, e, left), e, left * read)
             tl.debug_barrier()
         s += left
-
-
-def scans(x: Tensor, width: int) -> bool:
-    """Whether `memory_scan` runs for streams like x of heads this wide: by Triton, without gradients."""
-    if torch.is_grad_enabled() or x.dtype == torch.float64 or not uses_triton(x):
-        return False
-    if width > 128:
-        fall_back(f"chunk by chunk: heads of {width} are wider than 128, too wide for a single launch; use more heads")
-    return width <= 128
 
 
 def memory_scan(

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import backend
 import hope
 import kernels
 from kernels import dgd_chunk, dgd_loop, newton_schulz
@@ -342,7 +343,7 @@ def test_second_derivatives_are_the_reference_s():
 @gpu
 @pytest.mark.parametrize("change, why", [(dict(dtype=torch.float64), "float64"), (dict(width=300), "wider than 256")])
 def test_what_kernels_cannot_do_falls_back_with_one_warning(change, why):
-    kernels.fall_back.cache_clear()
+    backend.fall_back.cache_clear()
     args = {k: v.to(change.get("dtype", torch.float32)) for k, v in inputs(3, i=change.get("width", 4)).items()}
     with pytest.warns(UserWarning, match=why) as caught:
         for _ in range(2):
@@ -352,7 +353,7 @@ def test_what_kernels_cannot_do_falls_back_with_one_warning(change, why):
 
 @gpu
 def test_heads_too_wide_for_one_launch_go_chunk_by_chunk_with_one_warning():
-    kernels.fall_back.cache_clear()
+    backend.fall_back.cache_clear()
     with torch.no_grad(), pytest.warns(UserWarning, match="heads of 130 are wider than 128") as caught:
         assert [kernels.scans(torch.zeros(1, device=DEVICE), width) for width in (130, 128, 130)] == [
             False,
