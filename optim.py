@@ -133,8 +133,8 @@ class DGD(Batched):
 
     def _kind(self, p: Tensor) -> tuple:
         if p in self._linear and torch.distributed.is_available() and torch.distributed.is_initialized():
-            none = torch.zeros(p.shape[1], p.shape[1], device=p.device, dtype=p.dtype)
-            n, total = self._inputs.get(p, (0, in_float32(none)))
+            i = p.shape[1]
+            n, total = self._inputs.get(p) or (0, in_float32(torch.zeros(i, i, device=p.device, dtype=p.dtype)))
             n = torch.tensor(n, device=p.device)
             torch.distributed.all_reduce(total)
             torch.distributed.all_reduce(n)
