@@ -111,16 +111,16 @@ def from_pretrained(
     cannot stand for, or for an override of what the checkpoint fixes.
     """
     known = {f.name for config in (HopeConfig, MemoryConfig) for f in fields(config)}
-    extra = {name: overrides.pop(name) for name in set(overrides) - known}
+    others = {name: overrides.pop(name) for name in set(overrides) - known}
     if isinstance(model_or_path, nn.Module):
-        require(not extra, f"unknown setting {sorted(extra)}; see HopeConfig and MemoryConfig for the names")
+        require(not others, f"unknown setting {sorted(others)}; see HopeConfig and MemoryConfig for the names")
         model = model_or_path
     else:
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
             raise ImportError('transformers is missing; run: pip install "nested-learning-hope[pretrained]"') from None
-        model = AutoModelForCausalLM.from_pretrained(model_or_path, **extra)
+        model = AutoModelForCausalLM.from_pretrained(model_or_path, **others)
     return take_over(Hope(pretrained_config(model, cms, cms_rate, **overrides)), model)
 
 
