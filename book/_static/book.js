@@ -83,3 +83,14 @@ document.addEventListener("DOMContentLoaded", () => {
     if (number) display.dataset.number = `(${number.trim()})`;
   }
 });
+
+// Figures are drawn with 150 dots to the inch. See book.css for where they keep that size.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const figure of document.querySelectorAll("article div.cell_output img")) {
+    const measure = () => {
+      figure.style.setProperty("--drawn", `${(figure.naturalWidth / 150) * 96}px`);
+      figure.classList.add("drawn");
+    };
+    figure.complete ? measure() : figure.addEventListener("load", measure);
+  }
+});
