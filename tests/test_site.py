@@ -373,6 +373,17 @@ def test_the_table_of_equations_can_be_filtered(browser, address: str) -> None:
     page.close()
 
 
+def test_a_link_to_an_equation_shows_it_under_the_pointer(browser, address: str) -> None:
+    visit = Visit(browser, address, "A-equations.html")
+    visit.page.hover('article td a[href$="#eq-57"]')
+    shown = visit.page.locator("div.shown-equation mjx-container")
+    shown.wait_for(state="visible", timeout=5000)
+    assert "57" in shown.locator("mjx-assistive-mml").text_content() and not visit.complaints
+    visit.page.mouse.move(0, 0)
+    shown.wait_for(state="detached", timeout=5000)
+    visit.page.close()
+
+
 def test_launch_buttons_appear_with_the_public_address(site: Path, tmp_path: Path) -> None:
     launch = "https://colab.research.google.com/github/somebody/something/blob/main/book/" + CHAPTER
     assert "colab" not in (site / f"{CHAPTER}.html").read_text().split("<article")[0]

@@ -94,3 +94,38 @@ document.addEventListener("DOMContentLoaded", () => {
     figure.complete ? measure() : figure.addEventListener("load", measure);
   }
 });
+
+// A pointer that rests on the number of an equation shows it, wherever in the book it stands.
+document.addEventListener("DOMContentLoaded", () => {
+  if (!matchMedia("(hover: hover)").matches) return;
+  const pages = new Map([[location.pathname, Promise.resolve(document)]]);
+  const read = (text) => new DOMParser().parseFromString(text, "text/html");
+  const page = (path) => {
+    if (!pages.has(path)) pages.set(path, fetch(path).then((answer) => answer.text()).then(read));
+    return pages.get(path);
+  };
+  // What a reader sees of this page's displays is MathJax's by now; their source is kept from before.
+  const here = new Map([...document.querySelectorAll("div.math[id]")].map((e) => [e.id, e.textContent]));
+  for (const link of document.querySelectorAll('article a[href*="#eq-"]')) {
+    const { pathname, hash } = new URL(link.href);
+    let shown = null;
+    link.addEventListener("mouseenter", async () => {
+      shown = document.createElement("div");
+      const mine = shown;
+      const there = pathname === location.pathname ? null : await page(pathname).catch(() => null);
+      const source = there ? there.getElementById(hash.slice(1))?.textContent : here.get(hash.slice(1));
+      if (!source || shown !== mine) return;
+      mine.className = "shown-equation math";
+      mine.textContent = source;
+      const { left, bottom } = link.getBoundingClientRect();
+      mine.style.top = `${bottom + scrollY + 6}px`;
+      mine.style.left = `${Math.max(8, Math.min(left, innerWidth - 650))}px`;
+      document.body.append(mine);
+      await MathJax.typesetPromise([mine]);
+    });
+    link.addEventListener("mouseleave", () => {
+      shown?.remove();
+      shown = null;
+    });
+  }
+});
