@@ -12,6 +12,21 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 });
 
+// A formula that is longer than a line of its paragraph is marked; see book.css.
+document.addEventListener("DOMContentLoaded", () => {
+  const formulas = [...document.querySelectorAll("article span.math")];
+  const mark = () => {
+    formulas.forEach((f) => f.classList.remove("long"));
+    const long = formulas.filter((f) => f.offsetWidth > (f.closest("p, li, dd, td")?.clientWidth ?? Infinity));
+    long.forEach((f) => f.classList.add("long"));
+  };
+  const begin = () => {
+    mark();
+    window.addEventListener("resize", mark);
+  };
+  if (formulas.length) window.addEventListener("load", () => MathJax.startup.promise.then(begin));
+});
+
 // Checks and plots are folded. One click opens all code of a page, and paper shows it.
 document.addEventListener("DOMContentLoaded", () => {
   const folded = [...document.querySelectorAll("article details.hide")];
@@ -128,4 +143,17 @@ document.addEventListener("DOMContentLoaded", () => {
       shown = null;
     });
   }
+});
+
+// A table of levels beside the sidebars is set as small as it needs to be.
+document.addEventListener("DOMContentLoaded", () => {
+  const fit = () => {
+    for (const table of document.querySelectorAll("div.cell.tag_level-table div.cell_output pre")) {
+      table.style.fontSize = "";
+      const part = table.clientWidth / table.scrollWidth;
+      if (part < 1 && innerWidth >= 992) table.style.fontSize = `${parseFloat(getComputedStyle(table).fontSize) * part * 0.97}px`;
+    }
+  };
+  fit();
+  window.addEventListener("resize", fit);
 });
