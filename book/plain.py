@@ -1,8 +1,8 @@
 """What a notebook shows outside the site: the text's Markdown without the directives and roles that only Sphinx knows.
 
-Jupyter, Colab and GitHub show a fence such as `:::{admonition}` as it is written. In the notebooks, therefore, errata and
-exercises are quotations, solutions fold, labels are HTML anchors, links to a label name the notebook that has it, and
-references are spelt out. The site is built from the text itself; see _ext/face.py.
+Jupyter, Colab and GitHub show a fence such as `:::{admonition}` as it is written. In the notebooks, therefore, errata
+and exercises are quotations, solutions fold, labels are HTML anchors, links to a label name the notebook that has it,
+and references are spelt out. The site is built from the text itself; see _ext/face.py.
 """
 
 from __future__ import annotations

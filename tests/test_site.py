@@ -176,7 +176,7 @@ OVERFLOW = """() => {
     article.querySelectorAll('div.pst-scrollable-table-container').forEach(e => wide('table', e));
     const clips = e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX);
     const scrolls = e => e !== article && (clips(e) || scrolls(e.parentElement));
-    const parts = 'span.math, p code, li code, dt code, dd code, a:not(.headerlink), h1, h2, h3, table, img, pre, div.math';
+    const parts = 'span.math, p code, li code, dt code, dd code, a:not(.headerlink), h1, h2, h3, table, img, pre';
     for (const e of article.querySelectorAll(parts)) {
         const over = Math.round(Math.max(...[...e.getClientRects()].map(r => r.right), 0) - right);
         if (over > 1 && !scrolls(e.parentElement)) found.push(['cut', over, begins(e)]);

@@ -1,4 +1,4 @@
-"""Pages of reference, made from the docstrings and from the parsers of the command lines, and links to them from the chapters.
+"""Pages of reference, made from docstrings and from the parsers of the command lines, and links to them from chapters.
 
 A page asks for its contents with `<!-- reference: MODULE -->` or `<!-- flags: MODULE -->`. In the other pages the first
 inline code that names something documented, such as `hope.Memory` or `optim.M3(...)`, becomes a link to it.
@@ -107,7 +107,7 @@ def on_source(app, page: str, content: list[str]) -> None:
 
 
 def on_start(app) -> None:
-    """Which page tells of which name: modules in the order of their pages' names, hope before those that it was split into."""
+    """Which names the page of which module tells of."""
     pages = sorted((Path(app.srcdir) / "reference").glob("*.md"))
     modules = [name for page in pages for name in re.findall(r"<!-- reference: (\w+) -->", page.read_text())]
     app.documented = {module: {node.name for node in documented(module)} for module in modules}
