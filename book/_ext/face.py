@@ -1,5 +1,4 @@
-"""What the site adds to the notebooks: a front page with cards, reading times, folded checks, and tags for those who link
-to it.
+"""What the site adds to the notebooks: a front page with cards, reading times, folded checks, and tags for its links.
 
 The notebooks stay as they are for GitHub, Jupyter and Colab, in plain Markdown; all of this is done while the pages are
 built. reference.py makes the pages of reference.
@@ -129,14 +128,14 @@ def on_doctree(app, doctree: nodes.document) -> None:
 
 
 def picture(app) -> dict[str, str]:
-    """The tags of the picture for those who share a link. They need an absolute address: none while the project has none."""
+    """The tags of a link's picture. They need an absolute address: none while the project has none."""
     options = app.config.html_theme_options
     if not options.get("repository_url"):
         return {}
     folder = f"{options['repository_url']}/raw/{options['repository_branch']}/{options['path_to_docs']}"
     return {
         'property="og:image"': f"{folder}/_static/social.png",  # drawn by runs/social.py
-        'property="og:image:alt"': "Four rings, one inside the other: token, chunk, CMS, outer step, each at its own speed",
+        'property="og:image:alt"': "Four rings, one inside the other: token, chunk, CMS, outer step, each at its speed",
         'name="twitter:card"': "summary_large_image",
     }
 
