@@ -1,7 +1,7 @@
 """Pages of reference, made from docstrings and from the parsers of the command lines, and links to them from chapters.
 
 A page asks for its contents with `<!-- reference: MODULE -->` or `<!-- flags: MODULE -->`. In the other pages the first
-inline code that names something documented, such as `hope.Memory` or `optim.M3(...)`, becomes a link to it.
+inline code that names something documented, such as `hope.Memory`, `Hope.observe` or `train.py`, becomes a link to it.
 """
 
 from __future__ import annotations
@@ -114,12 +114,17 @@ def on_start(app) -> None:
 
 
 def target(app, code: str) -> tuple[str, str] | None:
-    """The module and the name that inline code such as `hope.Memory(...).forward` is about."""
-    match = re.match(r"(\w+)\.(\w+)\b(?!\s*=)", code)
-    if not match or match[1] not in app.documented:
-        return None
-    module, name = match.groups()
-    homes = [module, *app.documented] if module == "hope" else [module]  # hope hands on names from other files
+    """The module, and the name in it or "", that inline code is about: `hope.Memory(...)`, `Hope.observe`, `hope.py`."""
+    match = re.match(r"(\w+)(?:\.(\w+))?(?![\w=\"])", code)
+    first, second = match.groups() if match else ("", None)
+    if first in app.documented and (code in ("hope", f"{first}.py")):
+        return first, ""
+    if first in app.documented:
+        # hope hands on names from other files
+        homes, name = [first, *app.documented] if first == "hope" else [first], second
+    else:
+        homes, name = list(app.documented), first if first[:1].isupper() else None
+        homes = homes if sum(name in app.documented[home] for home in homes) == 1 else []
     return next(((home, name) for home in homes if name in app.documented[home]), None)
 
 
@@ -143,7 +148,7 @@ def on_resolved(app, doctree: nodes.document, page: str) -> None:
             continue
         seen.add(found)
         home, name = found
-        address = f"{app.builder.get_relative_uri(page, f'reference/{home}')}#{home}.{name}"
+        address = app.builder.get_relative_uri(page, f"reference/{home}") + (f"#{home}.{name}" if name else "")
         link = nodes.reference("", "", internal=True, refuri=address, classes=["documented"])
         literal.replace_self(link)
         link += literal

@@ -157,3 +157,11 @@ document.addEventListener("DOMContentLoaded", () => {
   fit();
   window.addEventListener("resize", fit);
 });
+
+// What a search shows of a page is its words: a formula is left out.
+document.addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined" || !Search.htmlToText) return;
+  const words = Search.htmlToText;
+  const formula = /<(span|div) class="math[^>]*>[^<]*<\/\1>/g;
+  Search.htmlToText = (page, ...rest) => words(page.replace(formula, " ... "), ...rest);
+});
