@@ -114,7 +114,7 @@ def on_start(app) -> None:
 
 
 def target(app, code: str) -> tuple[str, str] | None:
-    """The module, and the name in it or "", that inline code is about: `hope.Memory(...)`, `Hope.observe`, `hope.py`."""
+    """The module, and the name in it or "", that code is about: `hope.Memory(...)`, `Hope.observe`, `hope.py`."""
     match = re.match(r"(\w+)(?:\.(\w+))?(?![\w=\"])", code)
     first, second = match.groups() if match else ("", None)
     if first in app.documented and (code in ("hope", f"{first}.py")):
