@@ -155,6 +155,8 @@ def test_a_phone_needs_no_sideways_scrolling(browser, address: str, name: str) -
         cells = json.loads((BOOK / f"{name}.ipynb").read_text())["cells"]
         tags = sum("".join(c["source"]).count("\\tag{") for c in cells if c["cell_type"] == "markdown")
         assert page.locator("div.math[data-number]").count() == tags
+        page.wait_for_function("""() => [...document.querySelectorAll('div.math[data-number]')].every(m =>
+            m.scrollWidth <= m.clientWidth || getComputedStyle(m, '::before').content === `"${m.dataset.number}"`)""")
     page.close()
 
 

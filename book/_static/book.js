@@ -12,12 +12,13 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 });
 
-// A formula that is longer than a line of its paragraph is marked; see book.css.
+// A formula that is longer than its column is marked; see book.css.
 document.addEventListener("DOMContentLoaded", () => {
-  const formulas = [...document.querySelectorAll("article span.math")];
+  const formulas = [...document.querySelectorAll("article .math")];
+  const room = (f) => (f.matches("div") ? f : f.closest("p, li, dd, td"))?.clientWidth ?? Infinity;
   const mark = () => {
     formulas.forEach((f) => f.classList.remove("long"));
-    const long = formulas.filter((f) => f.offsetWidth > (f.closest("p, li, dd, td")?.clientWidth ?? Infinity));
+    const long = formulas.filter((f) => (f.matches("div") ? f.scrollWidth : f.offsetWidth) > room(f));
     long.forEach((f) => f.classList.add("long"));
   };
   const begin = () => {
@@ -99,13 +100,14 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 });
 
-// Figures are drawn with 150 dots to the inch. See book.css for where they keep that size.
+// Figures are drawn with 150 dots to the inch. See book.css for where they keep that size; a tap shows the whole.
 document.addEventListener("DOMContentLoaded", () => {
   for (const figure of document.querySelectorAll("article div.cell_output img")) {
     const measure = () => {
       figure.style.setProperty("--drawn", `${(figure.naturalWidth / 150) * 96}px`);
       figure.classList.add("drawn");
     };
+    figure.addEventListener("click", () => figure.classList.toggle("drawn"));
     figure.complete ? measure() : figure.addEventListener("load", measure);
   }
 });
