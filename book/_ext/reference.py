@@ -97,7 +97,7 @@ def flags(module: str) -> str:
             values = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else "")
             names = ", ".join(action.option_strings) or action.dest
             names += f" {values}" if action.option_strings and action.nargs != 0 else ""
-            parts.append(f"`{names}`\n: {escaped((action.help or '').replace('%%', '%'))}")
+            parts.append(f"- `{names}`\\\n  {escaped((action.help or '').replace('%%', '%'))}")
     return "\n\n".join(parts)
 
 
