@@ -258,6 +258,8 @@ def test_a_name_leads_to_its_page_of_reference(site: Path) -> None:
 @pytest.mark.parametrize("module", ["train", "evaluation"])
 def test_the_page_of_flags_has_them_all(site: Path, module: str) -> None:
     page = html.unescape(re.sub(r"<[^>]+>", "", (site / "reference" / "flags.html").read_text()))
+    for drawn, typed in {"’": "'", "‘": "'", "“": '"', "”": '"', "–": "--", "…": "..."}.items():  # Sphinx's quotes
+        page = page.replace(drawn, typed)
     parser = importlib.import_module(module).make_parser()
     for action in parser._actions:
         assert ", ".join(action.option_strings) in page
