@@ -127,6 +127,12 @@ def on_doctree(app, doctree: nodes.document) -> None:
         title.parent.insert(title.parent.index(title) + 1, nodes.paragraph("", line, classes=["minutes"]))
 
 
+def on_updated(app, env) -> None:
+    """Appendices without a formula have MathJax, too, for book.js to show the equations that their links are about."""
+    for text in (Path(app.srcdir) / "text").glob("*.md"):
+        env.get_domain("math").data["has_equations"][text.stem] = True
+
+
 def picture(app) -> dict[str, str]:
     """The tags of a link's picture. They need an absolute address: none while the project has none."""
     options = app.config.html_theme_options
@@ -161,5 +167,6 @@ def setup(app) -> dict:
     app.connect("builder-inited", on_start)
     app.connect("source-read", on_source)
     app.connect("doctree-read", on_doctree)
+    app.connect("env-updated", on_updated)
     app.connect("html-page-context", on_page)
     return {"parallel_read_safe": False}

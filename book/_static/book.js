@@ -131,7 +131,7 @@ document.addEventListener("DOMContentLoaded", () => {
       const mine = shown;
       const there = pathname === location.pathname ? null : await page(pathname).catch(() => null);
       const source = there ? there.getElementById(hash.slice(1))?.textContent : here.get(hash.slice(1));
-      if (!source || shown !== mine) return;
+      if (!source || shown !== mine || !window.MathJax?.typesetPromise) return;
       mine.className = "shown-equation math";
       mine.textContent = source;
       const { left, bottom } = link.getBoundingClientRect();
