@@ -26,8 +26,10 @@ for name, colour, radius, turn in RINGS:
     ax.add_patch(plt.Circle((0, 0), radius, fill=False, color=colour, linewidth=7))
     point = complex(0, 1) * radius * 2.718281828459045 ** complex(0, -6.283185307179586 * turn)
     ax.plot(point.real, point.imag, "o", color=colour, markersize=22)
-fig.text(0.5, 0.60, "Nested Learning,\nexecutable", color="white", fontsize=40, weight="bold", va="center", linespacing=1.25)
-fig.text(0.5, 0.37, "Memories inside memories, each with\na clock of its own: a book whose equations\nare checked by running them.", color="#c8d0da", fontsize=19, va="center", linespacing=1.4)  # fmt: skip
+title = "Nested Learning,\nexecutable"
+fig.text(0.5, 0.60, title, color="white", fontsize=40, weight="bold", va="center", linespacing=1.25)
+says = "Memories inside memories, each with\na clock of its own: a book whose equations\nare checked by running them."
+fig.text(0.5, 0.37, says, color="#c8d0da", fontsize=19, va="center", linespacing=1.4)
 for i, (name, colour, *_) in enumerate(RINGS[::-1]):
     fig.text(0.5 + 0.105 * i, 0.15, name, color=colour, fontsize=18, weight="bold")
 fig.savefig(OUT, facecolor=fig.get_facecolor())
