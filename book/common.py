@@ -1,6 +1,6 @@
 """What several chapters of the book share: colours, comparisons, small layers, a small world, and plots.
 
-A notebook imports it from its own folder. Chapters 1 to 9 stand alone; those from 10 on use this.
+A notebook imports it from its own folder. Of chapters 1 to 9 only the two pages of chapter 5 do, those from 10 on all.
 """
 
 from __future__ import annotations
@@ -31,6 +31,23 @@ def argmin(objective: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     slope = torch.autograd.functional.jacobian(f, anywhere)
     assert torch.linalg.eigvalsh(hessian)[0] > 0, "there is a minimum, and one only"
     return (anywhere - torch.linalg.solve(hessian, slope)).view_as(like)
+
+
+def power(A: Tensor, exponent: float) -> Tensor:
+    """A power of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(A)
+    return vectors @ torch.diag(values**exponent) @ vectors.T
+
+
+def adam_steps(grads: Tensor, betas: tuple[float, float]) -> Tensor:
+    """The steps (t, n) of torch.optim.Adam, rate 1 and eps 0, on descent directions (t, n)."""
+    w, path = torch.nn.Parameter(torch.zeros_like(grads[0])), [torch.zeros_like(grads[0])]
+    adam = torch.optim.Adam([w], lr=1.0, betas=betas, eps=0.0)
+    for grad in grads:
+        w.grad = -grad
+        adam.step()
+        path.append(w.detach().clone())
+    return torch.stack(path).diff(dim=0)
 
 
 def routed(preset: str, d: int, **settings: Any) -> hope.Memory | hope.Attention:

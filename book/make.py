@@ -2,11 +2,13 @@
 
     python book/make.py            every chapter: book/text/NAME.md is executed and stored as book/NAME.ipynb
     python book/make.py 01         one chapter, by the start of its name
+    python book/make.py --prose    the prose alone: notebooks take it over from their texts, nothing is executed
     python book/make.py --check    change nothing; fail if a notebook's cells differ from its text
     python book/make.py --mutate   change nothing; run every check with its claim perturbed, and fail if one still passes
 
 Edit and review the text. The notebooks are made from it and stored with their outputs, for those who read them on
-GitHub, in Jupyter or on Colab, and for the tests, which execute them again and compare.
+GitHub, in Jupyter or on Colab, and for the tests, which execute them again and compare. Their prose is plain Markdown
+(plain.py); the site is built from the text and the notebooks' outputs (_ext/face.py).
 
 How a text is written (tests/test_book.py holds it to this):
 
@@ -61,6 +63,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -78,6 +81,7 @@ import yaml
 from jupytext.myst import MystMetadataParsingError
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from plain import plain
 
 BOOK = Path(__file__).resolve().parent
 SET_UP = """# Installs the project on Colab; does nothing where it is installed already.
@@ -282,7 +286,13 @@ def title(text: Path) -> str:
 
 
 def number(text: Path) -> int:
-    return int(text.name.split("-")[0])
+    """The chapter that a text is, or goes on with: 05-... and 05b-... are both 5."""
+    return int(re.match(r"\d+", text.name)[0])
+
+
+def place(text: Path) -> str:
+    """The chapter's number, as its cards and the contents give it."""
+    return str(number(text)) + (", continued" if re.match(r"\d+[a-z]", text.name) else "")
 
 
 def minutes(text: Path) -> int:
@@ -298,7 +308,7 @@ def contents() -> str:
         question = jupytext.read(text).metadata.get("question")
         if question is None:
             raise Mistake(f"book/text/{text.name}: the front matter has no question; add one for the contents page")
-        rows.append(f"| {number(text)}. [{title(text)}]({text.stem}.ipynb) | {question} |")
+        rows.append(f"| {place(text)}. [{title(text)}]({text.stem}.ipynb) | {question} |")
     return "\n".join(rows)
 
 
@@ -355,8 +365,14 @@ def scorecard() -> str:
 COLLECTED = {"contents": contents, "equations": equations, "errata": all_errata, "scorecard": scorecard}
 
 
-def from_text(text: Path) -> nbformat.NotebookNode:
-    """The notebook that a text defines, without outputs."""
+@functools.cache
+def places() -> dict[str, str]:
+    """The page of each label."""
+    return {label: text.stem for text in texts() for label in labels(text)}
+
+
+def from_text(text: Path, site: bool = False) -> nbformat.NotebookNode:
+    """The notebook that a text defines, without outputs; for the site its Markdown is left as MyST."""
     address = yaml.safe_load((BOOK / "_config.yml").read_text())["repository"]["url"]
     notebook = jupytext.read(text)
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
@@ -368,6 +384,8 @@ def from_text(text: Path) -> nbformat.NotebookNode:
             cell.source = SET_UP.replace('ADDRESS = ""', f'ADDRESS = "{address}"')
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"<!-- make: (\w+) -->", lambda marker: COLLECTED[marker[1]](), cell.source)
+    if not site:
+        plain(notebook.cells, text.stem, places(), BOOK / "references.bib")
     return notebook
 
 
@@ -396,6 +414,17 @@ def differs(text: Path, stored: Path) -> str | None:
     if any(c.cell_type == "code" and c.execution_count is None for c in notebook.cells):
         return "has cells that were not executed"
     return None
+
+
+def take_prose(text: Path, stored: Path) -> None:
+    """Give a stored notebook the Markdown and metadata of its text. Raises Mistake where code differs, too."""
+    old, new = nbformat.read(stored, as_version=4) if stored.exists() else None, from_text(text)
+    code = lambda notebook: [(c.cell_type, c.source if c.cell_type == "code" else "") for c in notebook.cells]
+    if old is None or code(old) != code(new):
+        raise Mistake(f"book/{stored.name}: its code is not that of its text; run: python book/make.py {text.stem}")
+    for cell, source in zip(old.cells, new.cells):
+        cell.source, cell.metadata = source.source, source.metadata
+    nbformat.write(old, stored)
 
 
 def ending(run: Callable[[], None]) -> str:
@@ -465,6 +494,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chapter", nargs="?", default="", help="how the chapter's file name begins, as in 01")
     parser.add_argument("--check", action="store_true", help="only compare; exit code 1 if a notebook is out of date")
+    parser.add_argument("--prose", action="store_true", help="only take over prose, where no code has changed")
     parser.add_argument("--mutate", action="store_true", help="only try the checks; exit code 1 if one can't fail")
     args = parser.parse_args()
     chosen = [text for text in texts() if text.name.startswith(args.chapter)]
@@ -482,6 +512,8 @@ def main() -> int:
             elif args.check:
                 if problem := differs(text, stored):
                     bad.append(f"book/{stored.name} {problem}; run: python book/make.py {text.stem}")
+            elif args.prose:
+                take_prose(text, stored)
             else:
                 print(f"book/{stored.name}", flush=True)
                 nbformat.write(execute(from_text(text)), stored)

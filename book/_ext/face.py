@@ -1,12 +1,11 @@
-"""What the site adds to the notebooks: a front page with cards, reading times, folded checks, pages of reference, and tags
-for those who link to it.
+"""What the site adds to the notebooks: a front page with cards, reading times, folded checks, and tags for its links.
 
-The notebooks stay as they are for GitHub, Jupyter and Colab; all of this is done while the pages are built.
+The notebooks stay as they are for GitHub, Jupyter and Colab, in plain Markdown; all of this is done while the pages are
+built. reference.py makes the pages of reference.
 """
 
 from __future__ import annotations
 
-import ast
 import base64
 import html
 import importlib.util
@@ -18,6 +17,7 @@ from types import ModuleType
 
 import jupytext
 from docutils import nodes
+from sphinx.errors import ExtensionError
 
 NAME = "Nested Learning, executable"
 SENTENCE = (
@@ -31,6 +31,7 @@ def maker() -> ModuleType:
     if "make" not in sys.modules:
         spec = importlib.util.spec_from_file_location("make", Path(__file__).resolve().parents[1] / "make.py")
         sys.modules["make"] = importlib.util.module_from_spec(spec)
+        sys.path.append(str(Path(spec.origin).parent))  # for what it imports from there
         spec.loader.exec_module(sys.modules["make"])
     return sys.modules["make"]
 
@@ -76,7 +77,7 @@ def cards(app) -> str:
         asks = html.escape(question(text) or "What is claimed, and how is it checked?")
         rows.append(
             f'<a class="chapter" href="{name}.html">{picture}'
-            f"<span><b>{maker().number(text)}. {html.escape(maker().title(text))}</b>"
+            f"<span><b>{maker().place(text)}. {html.escape(maker().title(text))}</b>"
             f"{asks}<i>{maker().minutes(text)} minutes</i></span></a>"
         )
     return '<div class="cards">\n' + "\n".join(rows) + "\n</div>"
@@ -85,6 +86,16 @@ def cards(app) -> str:
 def says(label: str, check: dict) -> str:
     status = next(s for s in (*maker().STATUSES, *maker().OUTCOMES) if s in check)
     return f"{maker().spoken(label)} {'' if status == 'holds' else status + ': '}{check[status]}"
+
+
+def prose(notebook: dict, text: Path) -> None:
+    """Put the text's MyST in the place of the plain Markdown that stands in its notebook."""
+    cells = maker().from_text(text, site=True).cells
+    if [c.cell_type for c in cells] != [c["cell_type"] for c in notebook["cells"]]:
+        raise ExtensionError(f"book/{text.stem}.ipynb is out of date; run: python book/make.py {text.stem}")
+    for cell, source in zip(notebook["cells"], cells):
+        if source.cell_type == "markdown":
+            cell["source"] = source.source
 
 
 def fold(notebook: dict) -> None:
@@ -97,57 +108,14 @@ def fold(notebook: dict) -> None:
             cell["metadata"].setdefault("mystnb", {}).update(code_prompt_show=prompt, code_prompt_hide=prompt)
 
 
-def block(text: str) -> str:
-    return f"~~~text\n{text.strip()}\n~~~"
-
-
-def signature(node: ast.FunctionDef) -> str:
-    arguments = ast.unparse(node.args).removeprefix("self, ").removeprefix("cls, ")
-    arguments = "" if arguments in ("self", "cls") else arguments
-    return f"{node.name}({arguments})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
-
-
-def settings(node: ast.ClassDef) -> list[str]:
-    """The fields of a class of settings, each with its default and what it does."""
-    lines = []
-    for field in node.body:
-        if isinstance(field, ast.AnnAssign):
-            value, words = field.value, ""
-            if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "setting":
-                value, words = value.args[0], ast.literal_eval(value.args[1]) if len(value.args) > 1 else ""
-            default = f" = {ast.unparse(value)}" if value is not None else ""
-            lines.append(
-                f"{field.target.id}: {ast.unparse(field.annotation)}{default}" + f"\n    {words}" * bool(words)
-            )
-    return lines
-
-
-def reference(module: str) -> str:
-    """Everything public in a module, from its docstrings, which are read and not run."""
-    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
-    parts = [block(ast.get_docstring(tree))]
-    for node in tree.body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
-            continue
-        if isinstance(node, ast.FunctionDef):
-            parts += [f"## {node.name}", block(f"{signature(node)}\n\n{ast.get_docstring(node) or ''}")]
-            continue
-        bases = ", ".join(map(ast.unparse, node.bases))
-        says = [f"class {node.name}({bases})" if bases else f"class {node.name}", ast.get_docstring(node) or ""]
-        parts += [f"## {node.name}", block("\n\n".join([*says, *settings(node)]))]
-        for method in node.body:
-            if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and ast.get_docstring(method):
-                parts.append(block(f"{node.name}.{signature(method)}\n\n{ast.get_docstring(method)}"))
-    return "\n\n".join(parts)
-
-
 def on_source(app, name: str, content: list[str]) -> None:
-    content[0] = re.sub(r"<!-- reference: (\w+) -->", lambda marker: reference(marker[1]), content[0])
     if name == "index":
         content[0] = content[0].replace("<!-- cards -->", cards(app)).replace("<!-- sentence -->", SENTENCE)
-    elif name in texts(app):
+    elif (text := Path(app.srcdir) / "text" / f"{name}.md").exists():
         notebook = json.loads(content[0])
-        fold(notebook)
+        prose(notebook, text)
+        if name in texts(app):
+            fold(notebook)
         content[0] = json.dumps(notebook)
 
 
@@ -157,6 +125,25 @@ def on_doctree(app, doctree: nodes.document) -> None:
     if text is not None and (title := next(doctree.findall(nodes.title), None)) is not None:
         line = f"{maker().minutes(text)} minutes to read, without the code"
         title.parent.insert(title.parent.index(title) + 1, nodes.paragraph("", line, classes=["minutes"]))
+
+
+def on_updated(app, env) -> None:
+    """Appendices without a formula have MathJax, too, for book.js to show the equations that their links are about."""
+    for text in (Path(app.srcdir) / "text").glob("*.md"):
+        env.get_domain("math").data["has_equations"][text.stem] = True
+
+
+def picture(app) -> dict[str, str]:
+    """The tags of a link's picture. They need an absolute address: none while the project has none."""
+    options = app.config.html_theme_options
+    if not options.get("repository_url"):
+        return {}
+    folder = f"{options['repository_url']}/raw/{options['repository_branch']}/{options['path_to_docs']}"
+    return {
+        'property="og:image"': f"{folder}/_static/social.png",  # drawn by runs/social.py
+        'property="og:image:alt"': "Four rings, one inside the other: token, chunk, CMS, outer step, each at its speed",
+        'name="twitter:card"': "summary_large_image",
+    }
 
 
 def on_page(app, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
@@ -170,6 +157,7 @@ def on_page(app, page: str, template: str, context: dict, doctree: nodes.documen
         'property="og:site_name"': NAME,
         'property="og:type"': "article" if text else "website",
     }
+    tags |= picture(app)
     context["metatags"] = context.get("metatags", "") + "".join(
         f'\n<meta {which} content="{html.escape(html.unescape(says), quote=True)}">' for which, says in tags.items()
     )
@@ -179,5 +167,6 @@ def setup(app) -> dict:
     app.connect("builder-inited", on_start)
     app.connect("source-read", on_source)
     app.connect("doctree-read", on_doctree)
+    app.connect("env-updated", on_updated)
     app.connect("html-page-context", on_page)
     return {"parallel_read_safe": False}

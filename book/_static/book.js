@@ -12,6 +12,22 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 });
 
+// A formula that is longer than its column is marked; see book.css.
+document.addEventListener("DOMContentLoaded", () => {
+  const formulas = [...document.querySelectorAll("article .math")];
+  const room = (f) => (f.matches("div") ? f : f.closest("p, li, dd, td"))?.clientWidth ?? Infinity;
+  const mark = () => {
+    formulas.forEach((f) => f.classList.remove("long"));
+    const long = formulas.filter((f) => (f.matches("div") ? f.scrollWidth : f.offsetWidth) > room(f));
+    long.forEach((f) => f.classList.add("long"));
+  };
+  const begin = () => {
+    mark();
+    window.addEventListener("resize", mark);
+  };
+  if (formulas.length) window.addEventListener("load", () => MathJax.startup.promise.then(begin));
+});
+
 // Checks and plots are folded. One click opens all code of a page, and paper shows it.
 document.addEventListener("DOMContentLoaded", () => {
   const folded = [...document.querySelectorAll("article details.hide")];
@@ -82,4 +98,72 @@ document.addEventListener("DOMContentLoaded", () => {
     const number = drawn ? drawn.textContent.replace(/[()]/g, "") : /\\tag\{([^}]*)\}/.exec(display.textContent)?.[1];
     if (number) display.dataset.number = `(${number.trim()})`;
   }
+});
+
+// Figures are drawn with 150 dots to the inch. See book.css for where they keep that size; a tap shows the whole.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const figure of document.querySelectorAll("article div.cell_output img")) {
+    const measure = () => {
+      figure.style.setProperty("--drawn", `${(figure.naturalWidth / 150) * 96}px`);
+      figure.classList.add("drawn");
+    };
+    figure.addEventListener("click", () => figure.classList.toggle("drawn"));
+    figure.complete ? measure() : figure.addEventListener("load", measure);
+  }
+});
+
+// A pointer that rests on the number of an equation shows it, wherever in the book it stands.
+document.addEventListener("DOMContentLoaded", () => {
+  if (!matchMedia("(hover: hover)").matches) return;
+  const pages = new Map([[location.pathname, Promise.resolve(document)]]);
+  const read = (text) => new DOMParser().parseFromString(text, "text/html");
+  const page = (path) => {
+    if (!pages.has(path)) pages.set(path, fetch(path).then((answer) => answer.text()).then(read));
+    return pages.get(path);
+  };
+  // What a reader sees of this page's displays is MathJax's by now; their source is kept from before.
+  const here = new Map([...document.querySelectorAll("div.math[id]")].map((e) => [e.id, e.textContent]));
+  for (const link of document.querySelectorAll('article a[href*="#eq-"]')) {
+    const { pathname, hash } = new URL(link.href);
+    let shown = null;
+    link.addEventListener("mouseenter", async () => {
+      shown = document.createElement("div");
+      const mine = shown;
+      const there = pathname === location.pathname ? null : await page(pathname).catch(() => null);
+      const source = there ? there.getElementById(hash.slice(1))?.textContent : here.get(hash.slice(1));
+      if (!source || shown !== mine || !window.MathJax?.typesetPromise) return;
+      mine.className = "shown-equation math";
+      mine.textContent = source;
+      const { left, bottom } = link.getBoundingClientRect();
+      mine.style.top = `${bottom + scrollY + 6}px`;
+      mine.style.left = `${Math.max(8, Math.min(left, innerWidth - 650))}px`;
+      document.body.append(mine);
+      await MathJax.typesetPromise([mine]);
+    });
+    link.addEventListener("mouseleave", () => {
+      shown?.remove();
+      shown = null;
+    });
+  }
+});
+
+// A table of levels beside the sidebars is set as small as it needs to be.
+document.addEventListener("DOMContentLoaded", () => {
+  const fit = () => {
+    for (const table of document.querySelectorAll("div.cell.tag_level-table div.cell_output pre")) {
+      table.style.fontSize = "";
+      const part = table.clientWidth / table.scrollWidth;
+      if (part < 1 && innerWidth >= 992) table.style.fontSize = `${parseFloat(getComputedStyle(table).fontSize) * part * 0.97}px`;
+    }
+  };
+  fit();
+  window.addEventListener("resize", fit);
+});
+
+// What a search shows of a page is its words: a formula is left out.
+document.addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined" || !Search.htmlToText) return;
+  const words = Search.htmlToText;
+  const formula = /<(span|div) class="math[^>]*>[^<]*<\/\1>/g;
+  Search.htmlToText = (page, ...rest) => words(page.replace(formula, " ... "), ...rest);
 });
