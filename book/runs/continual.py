@@ -152,6 +152,7 @@ class Arm(NamedTuple):
 
     levels: int = 0  # levels of the CMS that are written in context; four MLPs in all
     window: int = 0  # tokens that attention sees: 0 for all, -1 for as many as a stage has
+    wiring: str = "sequential"
     review: bool = True  # whether training streams end with a review of all classes
 
     @property
@@ -166,6 +167,7 @@ ARMS = {
     "CMS, 1 level": Arm(1, window=1),
     "CMS, 2 levels": Arm(2, window=1),
     "CMS, 3 levels": Arm(3, window=1),
+    "CMS, 3 levels, nested": Arm(3, window=1, wiring="nested"),
     "CMS, 3 levels, no review": Arm(3, window=1, review=False),
 }
 
@@ -177,7 +179,7 @@ def build(world: str, arm: Arm, rate: float, seed: int) -> hope.Hope:
     conv = {"classes": LETTERS + 2 - (arm.window == 1), "languages": 2 if arm.window != 1 else 0}[world]
     config = hope.HopeConfig.preset(
         "tiny", "hope-attention", d_model=WIDTH, n_head=2, n_layer=1, vocab_size=VOCAB[world], cms=clocks, cms_hidden=2.0,
-        cms_rate=(rate,), conv=conv,
+        cms_rate=(rate,), wiring=arm.wiring, conv=conv,
         window=STAGE[world] if arm.window < 0 else arm.window,
     )  # fmt: skip
     model = hope.Hope(config)
