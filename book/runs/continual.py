@@ -1,6 +1,6 @@
 """The runs that chapter 16 reads: classes that come one group after the other, and two new languages in turn.
 
-    python book/runs/continual.py classes      about 8 minutes on one core; writes book/runs/continual-classes.json
+    python book/runs/continual.py classes      about 5 minutes on one core; writes book/runs/continual-classes.json
     python book/runs/continual.py languages    about 2 minutes; writes book/runs/continual-languages.json
 
 Every arm is written to the JSON as soon as it is done, and one that is there is not run again: an interrupted run goes
@@ -162,11 +162,11 @@ class Arm(NamedTuple):
 
 
 ARMS = {
+    "CMS, 3 levels": Arm(3, window=1),
     "in context, all": Arm(),
-    "in context, one stage": Arm(window=-1),
     "CMS, 1 level": Arm(1, window=1),
     "CMS, 2 levels": Arm(2, window=1),
-    "CMS, 3 levels": Arm(3, window=1),
+    "in context, one stage": Arm(window=-1),
     "CMS, 3 levels, nested": Arm(3, window=1, wiring="nested"),
     "CMS, 3 levels, no review": Arm(3, window=1, review=False),
 }
@@ -277,23 +277,26 @@ def follow(model: hope.Hope, stream: Stream, levels: list[int] | None = None) ->
 
 
 def summary(outcome: Outcome) -> dict:
-    """Mean over streams: the accuracy matrix, average accuracy and forgetting at the end; by half of the streams."""
+    """Mean over streams, all and each half of them: what `measures` finds, and where old stages went wrong."""
     half = len(outcome.accuracy) // 2
-    found = {}
-    for name, part in (("all", slice(None)), ("first half", slice(half)), ("second half", slice(half, None))):
-        a, within, latest = (z[part].mean(0) for z in outcome)
-        lost = torch.stack([a[j:-1, j].max() - a[-1, j] for j in range(len(a) - 1)])
-        found[name] = {
-            "matrix": rounded(a),
-            "accuracy": rounded(a[-1].mean()),
-            "so far": rounded(torch.stack([row[: k + 1].mean() for k, row in enumerate(a)])),
-            "forgetting": rounded(lost.mean()),
-            "within": rounded(within[-1].mean()),
-            "old, within": rounded(within[-1, :-1].mean()),
-            "old": rounded(a[-1, :-1].mean()),
-            "old, named as latest": rounded(latest[-1, :-1].mean()),
-        }
+    a, within, latest = (z.mean(0) for z in outcome)
+    found = {"all": measures(a)}
+    found["all"] |= {
+        "matrix": rounded(a),
+        "old": rounded(a[-1, :-1].mean()),
+        "old, within": rounded(within[-1, :-1].mean()),
+        "old, named as latest": rounded(latest[-1, :-1].mean()),
+    }
+    found["first half"] = measures(outcome.accuracy[:half].mean(0))
+    found["second half"] = measures(outcome.accuracy[half:].mean(0))
     return found
+
+
+def measures(a: Tensor) -> dict:
+    """Of an accuracy matrix: the accuracy on what was met, after each stage and at the end, and forgetting."""
+    lost = torch.stack([a[j:-1, j].max() - a[-1, j] for j in range(len(a) - 1)])
+    so_far = torch.stack([row[: k + 1].mean() for k, row in enumerate(a)])
+    return {"accuracy": rounded(so_far[-1]), "so far": rounded(so_far), "forgetting": rounded(lost.mean())}
 
 
 def rounded(z: Tensor) -> list | float:
@@ -360,8 +363,11 @@ def tune_one(model: hope.Hope, stream: Stream, lr: float, passes: int, pull: flo
 
 
 @torch.no_grad()
-def mechanism(world: str, model: hope.Hope, stream: Stream) -> dict:
-    """Of a CMS after the last stage: size of each level's change, and accuracy when only some of them are kept."""
+def mechanism(model: hope.Hope, stream: Stream) -> dict:
+    """Of a CMS after the last stage: the size of each level's change, and what is known if only some of them are kept.
+
+    Also what it is like if only some levels are written from the start: the first 0, 1, ..., or one alone.
+    """
     _, state = follow(model, stream)
     last, fast = stream.answers.shape[1] - 1, state.cms[0]
     sizes = [torch.stack([d.flatten(1).norm(dim=1) for d in f.delta]).norm(dim=0).mean() for f in fast if f]
@@ -378,9 +384,9 @@ def mechanism(world: str, model: hope.Hope, stream: Stream) -> dict:
     found["kept"] = {"all": kept([*range(n)]), "none": kept([])}
     found["kept"] |= {f"only {i}": kept([i]) for i in range(n)}
     found["kept"] |= {f"without {i}": kept([j for j in range(n) if j != i]) for i in range(n)}
-    found["written"] = {}
-    for i in range(n):  # written alone from the start
-        found["written"][f"only {i}"] = rounded(follow(model, stream, [i])[0].accuracy.mean(0)[-1])
+    found["first levels"] = [summary(follow(model, stream, [*range(k)])[0])["all"] for k in range(n + 1)]
+    alone = {f"only {i}": follow(model, stream, [i])[0].accuracy.mean(0)[-1] for i in range(n)}
+    found["written"] = {name: rounded(z) for name, z in alone.items()}
     return found | {"overlap": overlap(model, stream)}
 
 
@@ -422,64 +428,61 @@ class Found:
         return self.all["runs"][name]
 
 
+ALIKE = {"CMS, 3 levels, no review": "CMS, 3 levels", "in context, one stage": "in context, all"}  # in their settings
+BASE = "CMS, 3 levels"  # the model whose weights are tuned
+
+
 def run(world: str, seeds: list[int], found: Found) -> None:
-    models: dict = {}
-
+    @cache
     def model(name: str, setting: float, seed: int) -> hope.Hope:
-        key = name, setting, seed
-        if key not in models:
-            models[key] = train(world, ARMS[name], setting, seed)
-        return models[key]
+        return train(world, ARMS[name], setting, seed)
 
-    best = {}
-    for name, arm in ARMS.items():
-        if like := {"CMS, 3 levels, no review": "CMS, 3 levels", "in context, one stage": "in context, all"}.get(name):
-            best[name] = best[like]
-            continue
+    def arms(names: list[str]) -> None:
+        for name in names:
+            if name not in ALIKE:
+                found.get(f"tuning, {name}", lambda: tuning(name))
+            for seed in seeds:
+                found.get(f"{name}, seed {seed}", lambda: one(name, seed))
 
-        def tuning() -> dict:
-            return {s: round(score(follow(model(name, s, TUNING), streams(world, TUNING))[0]), 4) for s in arm.settings}
+    def tuning(name: str) -> dict:
+        test = streams(world, TUNING)
+        return {s: round(score(follow(model(name, s, TUNING), test)[0]), 4) for s in ARMS[name].settings}
 
-        scores = found.get(f"tuning, {name}", tuning)
-        best[name] = float(max(scores, key=scores.get))
-    for seed in seeds:
-        for name, arm in ARMS.items():
+    def best(name: str) -> float:
+        scores = found.all["runs"][f"tuning, {ALIKE.get(name, name)}"]
+        return float(max(scores, key=scores.get))
 
-            def one() -> dict:
-                trained, test = model(name, best[name], seed), streams(world, seed)
-                result = {"setting": best[name]} | summary(follow(trained, test)[0])
-                return result | ({"why": mechanism(world, trained, test)} if arm.levels else {})
+    def one(name: str, seed: int) -> dict:
+        trained, test = model(name, best(name), seed), streams(world, seed)
+        result = {"setting": best(name)} | summary(follow(trained, test)[0])
+        return result | ({"why": mechanism(trained, test)} if ARMS[name].levels else {})
 
-            found.get(f"{name}, seed {seed}", one)
+    def tuned(seed: int, lr: float, passes: int, pull: float, every: int) -> Outcome:
+        some = Stream(*(z[::every] for z in streams(world, seed)))  # each has weights of its own, which is dear
+        return tune(model(BASE, best(BASE), seed), some, lr, passes, pull)
+
+    first = [BASE, "in context, all"]
+    arms(first)
     if world == "classes":
-        base = "CMS, 1 level"
         grid = [(lr, passes) for lr in (0.001, 0.003, 0.01) for passes in (1, 4)]
-        few = Stream(*(z[::4] for z in streams(world, TUNING)))
-
-        def tuned(lr: float, passes: int, pull: float) -> float:
-            return round(score(tune(model(base, best[base], TUNING), few, lr, passes, pull)), 4)
-
-        plain = found.get("tuning, fine-tuning", lambda: {f"{lr} {n}": tuned(lr, n, 0.0) for lr, n in grid})
-        lr, passes = (float(z) for z in max(plain, key=plain.get).split())
-        once = float(max((k for k in plain if k.endswith(" 1")), key=plain.get).split()[0])
-        pulls = (1.0, 10.0, 100.0, 1000.0)
-        ewc = found.get("tuning, EWC", lambda: {pull: tuned(lr, int(passes), pull) for pull in pulls})
-        strength = float(max(ewc, key=ewc.get))
+        plain = found.get(
+            "tuning, fine-tuning",
+            lambda: {f"{lr} {n}": round(score(tuned(TUNING, lr, n, 0.0, 4)), 4) for lr, n in grid},
+        )
+        lr, passes = max(plain, key=plain.get).split()
+        once, _ = max((key for key in plain if key.endswith(" 1")), key=plain.get).split()
+        lr, passes, once = float(lr), int(passes), float(once)
+        ewc = found.get(
+            "tuning, EWC",
+            lambda: {pull: round(score(tuned(TUNING, lr, passes, pull, 4)), 4) for pull in (1.0, 10.0, 100.0, 1000.0)},
+        )
+        pull = float(max(ewc, key=ewc.get))
+        ways = {"fine-tuning": (lr, passes, 0.0), "fine-tuning, one pass": (once, 1, 0.0), "EWC": (lr, passes, pull)}
         for seed in seeds:
-            for name, times, pull in (
-                ("fine-tuning", passes, 0.0),
-                ("fine-tuning, one pass", 1, 0.0),
-                ("EWC", passes, strength),
-            ):
-
-                def one() -> dict:
-                    start = model(base, best[base], seed)
-                    rate = once if times == 1 else lr
-                    half = Stream(*(z[::2] for z in streams(world, seed)))  # weights of its own for each: dear
-                    outcome = tune(start, half, rate, int(times), pull)
-                    return {"setting": [rate, times, pull]} | summary(outcome)
-
-                found.get(f"{name}, seed {seed}", one)
+            for name, how in ways.items():
+                result = lambda: {"setting": how} | summary(tuned(seed, *how, 2))
+                found.get(f"{name}, seed {seed}", result)
+    arms([name for name in ARMS if name not in first])
 
 
 if __name__ == "__main__":
