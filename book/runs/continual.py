@@ -1,7 +1,7 @@
 """The runs that chapter 16 reads: classes that come one group after the other, and two new languages in turn.
 
-    python book/runs/continual.py classes      about 5 minutes on one core; writes book/runs/continual-classes.json
-    python book/runs/continual.py languages    about 2 minutes; writes book/runs/continual-languages.json
+    python book/runs/continual.py classes      about 2 minutes on one core; writes book/runs/continual-classes.json
+    python book/runs/continual.py languages    under a minute; writes book/runs/continual-languages.json
 
 Every arm is written to the JSON as soon as it is done, and one that is there is not run again: an interrupted run goes
 on. --seeds 0 1 2 sets the seeds, --quick runs everything in seconds, to /tmp.
@@ -33,7 +33,7 @@ from hope import INF
 HERE = Path(__file__).resolve().parent
 TUNING = 100  # a seed for choosing settings
 WIDTH, BATCH = 32, 8
-STEPS, MORE_STEPS = 45, 200  # of meta-training with writes, and without, where a step is cheaper
+STEPS = {True: 0, False: 100}  # of pre-training with and without writes; see --steps
 QUICK = False
 
 # ---- Streams ----
@@ -143,7 +143,6 @@ def languages(b: int, g: torch.Generator, split: str = "train") -> Stream:
 
 WORLDS = {"classes": classes, "languages": languages}
 CLOCKS = {"classes": (48, 96, 240), "languages": (16, 32, 64)}
-STAGE = {"classes": 2 * SHOTS * (LETTERS + 2), "languages": 2 * LESSONS * WORDS}  # tokens
 VOCAB = {"classes": CODES + 1 + LABELS, "languages": TWO.vocab_size}
 
 
@@ -151,9 +150,8 @@ class Arm(NamedTuple):
     """A way to carry things from example to example."""
 
     levels: int = 0  # levels of the CMS that are written in context; four MLPs in all
-    window: int = 0  # tokens that attention sees: 0 for all, -1 for as many as a stage has
+    window: int = 0  # tokens that attention sees, 0 for all
     wiring: str = "sequential"
-    review: bool = True  # whether training streams end with a review of all classes
 
     @property
     def settings(self) -> tuple[float, ...]:
@@ -166,9 +164,7 @@ ARMS = {
     "in context, all": Arm(),
     "CMS, 1 level": Arm(1, window=1),
     "CMS, 2 levels": Arm(2, window=1),
-    "in context, one stage": Arm(window=-1),
     "CMS, 3 levels, nested": Arm(3, window=1, wiring="nested"),
-    "CMS, 3 levels, no review": Arm(3, window=1, review=False),
 }
 
 
@@ -180,7 +176,7 @@ def build(world: str, arm: Arm, rate: float, seed: int) -> hope.Hope:
     config = hope.HopeConfig.preset(
         "tiny", "hope-attention", d_model=WIDTH, n_head=2, n_layer=1, vocab_size=VOCAB[world], cms=clocks, cms_hidden=2.0,
         cms_rate=(rate,), wiring=arm.wiring, conv=conv,
-        window=STAGE[world] if arm.window < 0 else arm.window,
+        window=arm.window,
     )  # fmt: skip
     model = hope.Hope(config)
     with torch.no_grad():  # a model that tells examples apart, and that writes can change, from the first step on
@@ -204,7 +200,9 @@ def train(world: str, arm: Arm, setting: float, seed: int) -> hope.Hope:
     """Meta-train on streams of other worlds. `setting`: start rate of a CMS, or learning rate of a model without."""
     rate, lr = (setting, 0.01) if arm.levels else (1.0, setting)
     model, g = build(world, arm, rate, seed), torch.Generator().manual_seed(1000 + seed)
-    steps = 2 if QUICK else STEPS if arm.levels else MORE_STEPS
+    steps = 2 if QUICK else STEPS[arm.levels > 0]
+    if steps == 0:
+        return model
     rates = [p for name, p in model.named_parameters() if name.endswith("raw_rates")]
     rest = [p for name, p in model.named_parameters() if not name.endswith("raw_rates")]
     groups = [{"params": rest, "lr": lr}, *({"params": rates, "lr": 0.1} for _ in rates[:1])]
@@ -213,11 +211,8 @@ def train(world: str, arm: Arm, setting: float, seed: int) -> hope.Hope:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
         stream = WORLDS[world](BATCH, g)
-        tokens, targets = stream.tokens, stream.targets
-        if not arm.review:
-            tokens, targets = tokens[:, :-1], targets[:, :-1]
         optimizer.zero_grad()
-        model.observe(tokens.flatten(1), targets.flatten(1), backward=True)
+        model.observe(stream.tokens.flatten(1), stream.targets.flatten(1), backward=True)
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         optimizer.step()
         schedule.step()
@@ -312,7 +307,7 @@ def score(outcome: Outcome) -> float:
 
 def streams(world: str, seed: int) -> Stream:
     """The test of a seed."""
-    return WORLDS[world](4 if QUICK else 16, torch.Generator().manual_seed(5000 + seed), "test")
+    return WORLDS[world](4 if QUICK else 8, torch.Generator().manual_seed(5000 + seed), "test")
 
 
 # ---- Weights that are tuned on: fine-tuning and EWC ----
@@ -422,13 +417,17 @@ class Found:
             began = time.process_time()
             self.all["runs"][name] = compute()
             self.all["cpu seconds"] = round(self.all["cpu seconds"] + time.process_time() - began, 1)
-            self.all["made"] = {"command": self.command, "torch": torch.__version__, "python": sys.version.split()[0]}
+            self.all["made"] = {
+                "command": self.command,
+                "steps": [*STEPS.values()],
+                "torch": torch.__version__,
+                "python": sys.version.split()[0],
+            }
             self.path.write_text(json.dumps(self.all) + "\n")
             print(name, str(self.all["runs"][name])[:150], f"{self.all['cpu seconds']} s", flush=True)
         return self.all["runs"][name]
 
 
-ALIKE = {"CMS, 3 levels, no review": "CMS, 3 levels", "in context, one stage": "in context, all"}  # in their settings
 BASE = "CMS, 3 levels"  # the model whose weights are tuned
 
 
@@ -439,8 +438,7 @@ def run(world: str, seeds: list[int], found: Found) -> None:
 
     def arms(names: list[str]) -> None:
         for name in names:
-            if name not in ALIKE:
-                found.get(f"tuning, {name}", lambda: tuning(name))
+            found.get(f"tuning, {name}", lambda: tuning(name))
             for seed in seeds:
                 found.get(f"{name}, seed {seed}", lambda: one(name, seed))
 
@@ -449,7 +447,7 @@ def run(world: str, seeds: list[int], found: Found) -> None:
         return {s: round(score(follow(model(name, s, TUNING), test)[0]), 4) for s in ARMS[name].settings}
 
     def best(name: str) -> float:
-        scores = found.all["runs"][f"tuning, {ALIKE.get(name, name)}"]
+        scores = found.all["runs"][f"tuning, {name}"]
         return float(max(scores, key=scores.get))
 
     def one(name: str, seed: int) -> dict:
@@ -489,9 +487,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=WORLDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, nargs=2, default=[*STEPS.values()], help="with writes, and without")
     parser.add_argument("--quick", action="store_true")
     o = parser.parse_args()
-    QUICK = o.quick
+    QUICK, STEPS = o.quick, dict(zip(STEPS, o.steps))
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     where = (Path("/tmp") if QUICK else HERE) / f"continual-{o.world}.json"
