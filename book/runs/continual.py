@@ -33,7 +33,7 @@ from hope import INF
 HERE = Path(__file__).resolve().parent
 TUNING = 100  # a seed for choosing settings
 WIDTH, BATCH = 32, 8
-STEPS = {True: 0, False: 100}  # of pre-training with and without writes; see --steps
+STEPS = 0  # of pre-training; see --steps
 QUICK = False
 
 # ---- Streams ----
@@ -147,24 +147,20 @@ VOCAB = {"classes": CODES + 1 + LABELS, "languages": TWO.vocab_size}
 
 
 class Arm(NamedTuple):
-    """A way to carry things from example to example."""
+    """A CMS: how many of four MLPs are written in context, and how they are wired."""
 
-    levels: int = 0  # levels of the CMS that are written in context; four MLPs in all
-    window: int = 0  # tokens that attention sees, 0 for all
+    levels: int
     wiring: str = "sequential"
 
-    @property
-    def settings(self) -> tuple[float, ...]:
-        """What is tried: a CMS's start rates, or learning rates of a model without."""
-        return (2.0, 5.0, 15.0) if self.levels else (0.003, 0.01, 0.02)
+
+RATES, SHARPNESS = (2.0, 5.0, 15.0), (5.0, 15.0, 50.0)  # that are tried
 
 
 ARMS = {
-    "CMS, 3 levels": Arm(3, window=1),
-    "in context, all": Arm(),
-    "CMS, 1 level": Arm(1, window=1),
-    "CMS, 2 levels": Arm(2, window=1),
-    "CMS, 3 levels, nested": Arm(3, window=1, wiring="nested"),
+    "CMS, 3 levels": Arm(3),
+    "CMS, 1 level": Arm(1),
+    "CMS, 2 levels": Arm(2),
+    "CMS, 3 levels, nested": Arm(3, wiring="nested"),
 }
 
 
@@ -172,11 +168,11 @@ def build(world: str, arm: Arm, rate: float, seed: int) -> hope.Hope:
     """One block of width 32: a sequence layer, and four MLPs of which the first `arm.levels` have clocks."""
     torch.manual_seed(seed)
     clocks = CLOCKS[world][: arm.levels] + (INF,) * (4 - arm.levels)
-    conv = {"classes": LETTERS + 2 - (arm.window == 1), "languages": 2 if arm.window != 1 else 0}[world]
+    conv = {"classes": LETTERS + 1, "languages": 0}[world]  # attention sees one token; it joins an example's letters
     config = hope.HopeConfig.preset(
         "tiny", "hope-attention", d_model=WIDTH, n_head=2, n_layer=1, vocab_size=VOCAB[world], cms=clocks, cms_hidden=2.0,
         cms_rate=(rate,), wiring=arm.wiring, conv=conv,
-        window=arm.window,
+        window=1,
     )  # fmt: skip
     model = hope.Hope(config)
     with torch.no_grad():  # a model that tells examples apart, and that writes can change, from the first step on
@@ -184,32 +180,22 @@ def build(world: str, arm: Arm, rate: float, seed: int) -> hope.Hope:
         memory = model.blocks[0].memory
         if world == "classes":
             model.embed.weight[ASK] = 0
-        if conv and arm.levels:
+        if conv:
             memory.conv.weight.normal_(std=conv**-0.5)
             memory.to_y.weight.normal_(std=2 * WIDTH**-0.5)
-        if not arm.levels:  # attention that compares what came before, and says what it finds: it learns in few steps
-            memory.conv.weight.normal_(conv**-0.5, 0.2 * conv**-0.5)
-            memory.to_k.weight.copy_(memory.to_q.weight)
-            memory.to_v.weight.copy_(torch.eye(WIDTH))
-            memory.to_y.weight.copy_(2 * torch.eye(WIDTH))
-            model.head.weight.copy_(0.5 * model.embed.weight)
     return model
 
 
-def train(world: str, arm: Arm, setting: float, seed: int) -> hope.Hope:
-    """Meta-train on streams of other worlds. `setting`: start rate of a CMS, or learning rate of a model without."""
-    rate, lr = (setting, 0.01) if arm.levels else (1.0, setting)
+def train(world: str, arm: Arm, rate: float, seed: int) -> hope.Hope:
+    """A model, pre-trained for STEPS steps on streams of other worlds that end with a review."""
     model, g = build(world, arm, rate, seed), torch.Generator().manual_seed(1000 + seed)
-    steps = 2 if QUICK else STEPS[arm.levels > 0]
-    if steps == 0:
+    if STEPS == 0:
         return model
     rates = [p for name, p in model.named_parameters() if name.endswith("raw_rates")]
     rest = [p for name, p in model.named_parameters() if not name.endswith("raw_rates")]
-    groups = [{"params": rest, "lr": lr}, *({"params": rates, "lr": 0.1} for _ in rates[:1])]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    peaks = [group["lr"] for group in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW([{"params": rest, "lr": 0.01}, {"params": rates, "lr": 0.1}], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.01, 0.1], total_steps=STEPS, pct_start=0.1)
+    for _ in range(STEPS):
         stream = WORLDS[world](BATCH, g)
         optimizer.zero_grad()
         model.observe(stream.tokens.flatten(1), stream.targets.flatten(1), backward=True)
@@ -220,6 +206,32 @@ def train(world: str, arm: Arm, setting: float, seed: int) -> hope.Hope:
 
 
 # ---- Asking ----
+
+
+@torch.no_grad()
+def attend(model: hope.Hope, stream: Stream, sharpness: float, latest: bool) -> Outcome:
+    """In context only: attention from a question to the examples themselves, all or those of the latest stage.
+
+    Non-parametric: the answer is the mean of the labels seen, weighted by the softmax of sharpness times the cosine
+    between what the CMS would be given. Nothing is written.
+    """
+    block, outcome = model.blocks[0], nothing_known(stream)
+
+    def features(tokens: Tensor) -> Tensor:
+        """What goes into the CMS, as a unit vector. (b, t) -> (b, t, d)"""
+        x = model.embed(tokens)
+        return torch.nn.functional.normalize(x + block.memory(block.norm(x))[0], dim=-1)
+
+    b, groups, n, length = stream.questions.shape
+    asked = features(stream.questions.reshape(-1, length))[:, -1].view(b, groups * n, -1)
+    keys = torch.stack([features(stream.tokens[:, k]) for k in range(groups)], 1)
+    for k in range(groups):
+        seen = slice(k, k + 1) if latest else slice(k + 1)
+        labels, key = stream.targets[:, seen].flatten(1), keys[:, seen].flatten(1, 2)
+        weights = (sharpness * asked @ key.mT).masked_fill(labels[:, None] < 0, -torch.inf).softmax(-1)
+        one_hot = torch.nn.functional.one_hot(labels.clamp(min=0), model.config.vocab_size).float()
+        judge((weights @ one_hot).view(b, groups, n, -1)[:, : k + 1], stream, k, outcome)
+    return outcome
 
 
 def answer(model: hope.Hope, state: hope.HopeState, questions: Tensor) -> Tensor:
@@ -419,7 +431,7 @@ class Found:
             self.all["cpu seconds"] = round(self.all["cpu seconds"] + time.process_time() - began, 1)
             self.all["made"] = {
                 "command": self.command,
-                "steps": [*STEPS.values()],
+                "steps": STEPS,
                 "torch": torch.__version__,
                 "python": sys.version.split()[0],
             }
@@ -444,7 +456,7 @@ def run(world: str, seeds: list[int], found: Found) -> None:
 
     def tuning(name: str) -> dict:
         test = streams(world, TUNING)
-        return {s: round(score(follow(model(name, s, TUNING), test)[0]), 4) for s in ARMS[name].settings}
+        return {s: round(score(follow(model(name, s, TUNING), test)[0]), 4) for s in RATES}
 
     def best(name: str) -> float:
         scores = found.all["runs"][f"tuning, {name}"]
@@ -453,14 +465,24 @@ def run(world: str, seeds: list[int], found: Found) -> None:
     def one(name: str, seed: int) -> dict:
         trained, test = model(name, best(name), seed), streams(world, seed)
         result = {"setting": best(name)} | summary(follow(trained, test)[0])
-        return result | ({"why": mechanism(trained, test)} if ARMS[name].levels else {})
+        return result | {"why": mechanism(trained, test)}
 
     def tuned(seed: int, lr: float, passes: int, pull: float, every: int) -> Outcome:
         some = Stream(*(z[::every] for z in streams(world, seed)))  # each has weights of its own, which is dear
         return tune(model(BASE, best(BASE), seed), some, lr, passes, pull)
 
-    first = [BASE, "in context, all"]
-    arms(first)
+    def context(seed: int, sharpness: float, latest: bool) -> Outcome:
+        return attend(model(BASE, best(BASE), seed), streams(world, seed), sharpness, latest)
+
+    arms([BASE])
+    for name, latest in (("in context, all", False), ("in context, one stage", True)):
+        sharp = found.get(
+            f"tuning, {name}", lambda: {s: round(score(context(TUNING, s, latest)), 4) for s in SHARPNESS}
+        )
+        sharpest = float(max(sharp, key=sharp.get))
+        for seed in seeds:
+            result = lambda: {"setting": sharpest} | summary(context(seed, sharpest, latest))
+            found.get(f"{name}, seed {seed}", result)
     if world == "classes":
         grid = [(lr, passes) for lr in (0.001, 0.003, 0.01) for passes in (1, 4)]
         plain = found.get(
@@ -480,17 +502,17 @@ def run(world: str, seeds: list[int], found: Found) -> None:
             for name, how in ways.items():
                 result = lambda: {"setting": how} | summary(tuned(seed, *how, 2))
                 found.get(f"{name}, seed {seed}", result)
-    arms([name for name in ARMS if name not in first])
+    arms([name for name in ARMS if name != BASE])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=WORLDS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, nargs=2, default=[*STEPS.values()], help="with writes, and without")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of pre-training")
     parser.add_argument("--quick", action="store_true")
     o = parser.parse_args()
-    QUICK, STEPS = o.quick, dict(zip(STEPS, o.steps))
+    QUICK, STEPS = o.quick, 2 if o.quick else o.steps
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     where = (Path("/tmp") if QUICK else HERE) / f"continual-{o.world}.json"
