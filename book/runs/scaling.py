@@ -122,15 +122,16 @@ def best_rate(rows: dict, arch: str) -> float:
 
 
 def missing(rows: dict, seeds: tuple[int, ...]) -> list[tuple[str, str, int, float, int]]:
-    """The next trainings to do: the rates; seed by seed all sizes; the longer ones; other rates at a larger size."""
+    """The next trainings to do: the rates; seed by seed all sizes but the largest; the longer ones; the largest size."""
     tuning = [(arch, TUNED_AT, 1, lr, TUNING_SEED) for lr in RATES for arch in ARCHS]
     if todo := [key for key in tuning if name_of(*key) not in rows]:
         return todo
     best = {arch: best_rate(rows, arch) for arch in ARCHS}
     shown = [(arch, size, 1, best[arch], seed) for seed in seeds for size in SIZES for arch in ARCHS]
+    small, large = ([key for key in shown if (key[1] == CHECKED_AT) is at] for at in (False, True))
     longer = [(arch, LONGER_AT, times, best[arch], seed) for seed in seeds for arch, times in LONGER.items()]
     checked = [(arch, CHECKED_AT, 1, factor * best[arch], seeds[0]) for factor in (0.5, 2) for arch in CHECKED]
-    return [key for key in shown + longer + checked if name_of(*key) not in rows]
+    return [key for key in small + longer + large + checked if name_of(*key) not in rows]
 
 
 def stored() -> dict:
