@@ -3,6 +3,7 @@
     python book/runs/scaling.py              what is missing; about 25 minutes of one core; writes scaling.json
     python book/runs/scaling.py --most 5     only so many trainings more
     python book/runs/scaling.py --seeds 3,4  also with these seeds
+    python book/runs/scaling.py --size 64x2  of one size only, beside a run that does another
     python book/runs/scaling.py --quick      8 steps of each at the least size, and nothing is written
 
 At a size, every architecture has about as many parameters. A training is chapter 15's: 100 steps of 4 windows of 256 bytes of
@@ -159,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=10**6, help="how many trainings before stopping")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="those that are shown")
+    parser.add_argument("--size", choices=SIZES, help="only this one")
     parser.add_argument("--quick", action="store_true", help="try the script; keeps nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -169,7 +171,8 @@ def main() -> None:
         return
     seeds = tuple(map(int, given.seeds.split(",")))
     for _ in range(given.most):
-        if not (todo := missing(stored()["rows"], seeds)):
+        todo = [key for key in missing(stored()["rows"], seeds) if given.size in (None, key[1])]
+        if not todo:
             break
         found = row(*todo[0])
         keep(todo[0], found, seeds)
