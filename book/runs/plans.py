@@ -26,9 +26,9 @@ RECIPE = "--data fineweb-edu --optimizer adamw --lr 4e-4 --seq-len 4096 --batch-
 CHANGES = {  # what is changed of the size's command
     "as in the README": "--micro-batch 2",
     "micro-batch 8": "--micro-batch 8",
-    "micro-batch 8, longer clocks": "--micro-batch 8 --cms 512,2048,inf",
 }
 PLANS = {f"{size}, {change}": (size, flags) for size in TOKENS for change, flags in CHANGES.items()}
+PLANS["760m, longer clocks"] = ("760m", "--micro-batch 8 --cms 512,2048,inf")
 PLANS["760m, transformer++"] = ("760m", "--micro-batch 8 --arch transformer++")
 
 
