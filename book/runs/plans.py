@@ -1,0 +1,66 @@
+"""What chapter 19 reads: `train.py --plan` for the three sizes, as commanded there and with one thing changed at a time.
+
+    python book/runs/plans.py                what is missing; writes plans.json; a few minutes of one core
+    python book/runs/plans.py --anew         all of them, after a change of the code
+
+The forecast is kept as it was printed, beside the command that printed it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import hope
+
+RESULT, ROOT = Path(__file__).with_suffix(".json"), Path(hope.__file__).parent
+TOKENS = {"340m": 15e9, "760m": 30e9, "1.3b": 100e9}
+RECIPE = "--data fineweb-edu --optimizer adamw --lr 4e-4 --seq-len 4096 --batch-size 128 --truncate"
+CHANGES = {  # what is changed of the size's command
+    "as in the README": "--micro-batch 2",
+    "micro-batch 8": "--micro-batch 8",
+}
+PLANS = {f"{size}, {change}": (size, flags) for size in TOKENS for change, flags in CHANGES.items()}
+PLANS["760m, longer clocks"] = ("760m", "--micro-batch 8 --cms 512,2048,inf")
+PLANS["760m, transformer++"] = ("760m", "--micro-batch 8 --arch transformer++")
+
+
+def command(size: str, flags: str) -> str:
+    return f"python train.py --plan --gpus 8 --size {size} --tokens {TOKENS[size]:g} {RECIPE} {flags}"
+
+
+def made() -> dict:
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__}
+    return {"command": "python book/runs/plans.py", "versions": versions}
+
+
+def run(line: str) -> str:
+    """What a command that begins with `python` prints, run where train.py is."""
+    done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{line}\n{done.stderr}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--anew", action="store_true", help="also those that are stored")
+    given = parser.parse_args()
+    plans = json.loads(RESULT.read_text())["plans"] if RESULT.exists() and not given.anew else {}
+    for name, (size, flags) in PLANS.items():
+        line = command(size, flags)
+        if plans.get(name, {}).get("command") != line:
+            plans[name] = {"command": line, "printed": run(line).splitlines()}
+            RESULT.write_text(json.dumps({"made": made(), "plans": plans}, indent=1) + "\n")
+            print(name, plans[name]["printed"][-1], sep=": ", flush=True)
+
+
+if __name__ == "__main__":
+    main()
