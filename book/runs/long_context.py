@@ -94,11 +94,6 @@ ARMS = {
 }
 
 
-def tuned_as(arm: str) -> str:
-    """Whose learning rate an arm has: Hope's variants have Hope's."""
-    return arm.split(",")[0]
-
-
 def task_of(facts: int, questions: int, length: int) -> tasks.Task:
     return tasks.make(f"facts,facts={facts},questions={questions},length={length},{NAMES}")
 
@@ -254,18 +249,27 @@ def needles(arm: str, lr: float, seed: int, quick: bool = False) -> dict:
 
 # ---- Levels of the CMS (Fig. 7) ----
 
-MANY = "facts,facts=8,questions=8,people=16,places=16,filler=16"
+MANY = "mqar,pairs=8,vocab=64,filler=values,power=1"
 TRAINED, TESTED = 96, (96, 192, 384)
-CLOCKS = {"no level": (), "8": (8,), "32": (32,), "96": (96,), "8, 32": (8, 32), "8, 32, 96": (8, 32, 96)}
+CLOCKS = {
+    "no level": (),
+    "8": (8,),
+    "16": (16,),
+    "48": (48,),
+    "8, 16": (8, 16),
+    "8, 48": (8, 48),
+    "8, 16, 48": (8, 16, 48),
+}
 
 
 def scored(split: str, seed: int, begin: int, n: int, length: int = TRAINED) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, what of them the model is to predict (the places, in facts and in answers), and what is asked."""
-    task = tasks.make(f"{MANY},length={length}")
-    tokens, targets = task.rows(split, seed, begin, n)
-    following = torch.cat([tokens[:, 1:], targets[:, -1:]], 1)
-    place = (following >= 3 + task.people) & (following < 3 + task.people + task.places)
-    return tokens, torch.where(place, following, tasks.NOTHING), targets
+    """Rows, what follows each token (after a question its answer), and what is asked.
+
+    So the stream that a CMS learns from has the pairs, the answers, and filler, of which nothing can be predicted.
+    """
+    tokens, targets = tasks.make(f"{MANY},length={length}").rows(split, seed, begin, n)
+    following = F.pad(tokens[:, 1:], (0, 1), value=tasks.NOTHING)
+    return tokens, torch.where(targets == tasks.NOTHING, following, targets), targets
 
 
 @torch.no_grad()
@@ -277,19 +281,19 @@ def read(model: hope.Hope, tokens: Tensor, predicted: Tensor, targets: Tensor) -
 
 
 def levels(arm: str, lr: float, seed: int, quick: bool = False) -> dict:
+    """Attention over 8 tokens, so that what is further back is in the CMS or nowhere. A scored token moves a level by 1."""
     torch.manual_seed(seed)
-    begun, clocks = time.process_time(), (*map(float, CLOCKS[arm]), INF)
+    begun, clocks = time.process_time(), CLOCKS[arm]
+    settings = dict(cms=(*map(float, clocks), INF), cms_rate=tuple(map(float, clocks)) or (1.0,), window=8, tied=True)
     vocab_size = tasks.make(MANY).vocab_size
-    model = hope.Hope(
-        hope.HopeConfig.preset("tiny", "hope-attention", window=8, vocab_size=vocab_size, cms=clocks, **SIZE)
-    )
+    model = hope.Hope(hope.HopeConfig.preset("tiny", "hope-attention", vocab_size=vocab_size, **SIZE, **settings))
 
     def step(i: int) -> None:
         tokens, predicted, _ = scored("train", seed, 32 * i, 32)
         model.observe(tokens, predicted, backward=True)
 
     held = scored("selection", 0, 0, 128)
-    steps, reached = train(model, lr, 20 if quick else 200, step, lambda: read(model, *held))
+    steps, reached = train(model, lr, 20 if quick else 150, step, lambda: read(model, *held))
     found = {"selection": reached, "steps": steps, "seconds": round(time.process_time() - begun, 1)}
     found["parameters"] = sum(p.numel() for p in model.parameters())
     if seed != TUNING:
@@ -388,32 +392,40 @@ PARTS = {
 }
 
 
+def tuned_as(part: str, arm: str) -> str:
+    """Whose learning rate an arm has: Hope's variants have Hope's, and one level's that of all levels."""
+    return "8" if part == "levels" else arm.split(",")[0]
+
+
 def name_of(arm: str, lr: float, seed: int) -> str:
     return f"{arm}; {lr}; {seed}"
 
 
-def best_rate(found: dict, arm: str) -> float:
+def best_rate(part: str, arm: str) -> float:
     """Of three, by selection rows; of equally good ones that which needs fewest steps."""
-    of = lambda lr: found[name_of(tuned_as(arm), lr, TUNING)]
-    return max(RATES, key=lambda lr: (of(lr)["selection"], -of(lr).get("steps", 0)))
+    if part == "position":  # the text of chapter 15, whose rates were the best of five
+        return parts.best_rate(parts.stored()["rows"], "Hope" if arm == "Hope" else "transformer++")
+    found = stored("needles" if part == "million" else part)["rows"]
+    of = lambda lr: found[name_of(tuned_as(part, arm), lr, TUNING)]
+    return max(RATES, key=lambda lr: (of(lr)["selection"], -of(lr)["steps"]))
 
 
 def missing(part: str, seeds: tuple[int, ...]) -> list[tuple[str, float, int]]:
-    """The next trainings to do, tuning first for each arm."""
-    found, arms, left = stored(part)["rows"], PARTS[part][1], []
-    tuning = stored("needles")["rows"] if part == "million" else found
-    for arm in arms:
-        todo = [(arm, lr, TUNING) for lr in RATES if part != "million" and tuned_as(arm) == arm]
-        todo = [key for key in todo if name_of(*key) not in found]
-        shown = todo or [(arm, best_rate(tuning, arm), seed) for seed in (seeds[:1] if part == "million" else seeds)]
-        left += [key for key in shown if name_of(*key) not in found]
-    return left
+    """The next trainings to do; an arm's seeds are known once its rate is."""
+    found, left = stored(part)["rows"], []
+    for arm in PARTS[part][1]:
+        rates = [] if part in ("million", "position") else [(tuned_as(part, arm), lr, TUNING) for lr in RATES]
+        todo = [key for key in rates if name_of(*key) not in found]
+        shown = [] if todo else [(arm, best_rate(part, arm), seed) for seed in seeds]
+        left += [key for key in todo + shown[: 1 if part == "million" else None] if name_of(*key) not in found]
+    return list(dict.fromkeys(left))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", default=list(PARTS), help="needles, levels, position, million; default: all")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--backwards", action="store_true", help="begin with the last, beside a run that does not")
     parser.add_argument("--quick", action="store_true", help="a few steps of every arm, stored nowhere")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -425,9 +437,10 @@ def main() -> None:
                 print(part, arm, run(arm, RATES[1], 0, quick=True), flush=True)
             continue
         while todo := missing(part, tuple(map(int, given.seeds.split(",")))):
-            found = run(*todo[0])
-            keep(part, name_of(*todo[0]), found)
-            print(f"{part}, {len(todo) - 1} to go:", *todo[0], found, flush=True)
+            key = todo[-1 if given.backwards else 0]
+            found = run(*key)
+            keep(part, name_of(*key), found)
+            print(f"{part}, {len(todo) - 1} to go:", *key, found, flush=True)
 
 
 if __name__ == "__main__":
