@@ -7,7 +7,8 @@
 
 Each writes long_context-PART.json beside this file, after every training, so that an interrupted run goes on where it
 stopped. --seeds 0,1 shows other seeds than 0, 1, 2; --quick tries everything in small and stores nothing. Learning rates
-are chosen from three on selection rows with a seed that is not shown; what is shown are test rows.
+of needles are chosen from three on selection rows with a seed that is not shown; what is shown are test rows. Models of
+text have the rates of chapter 15.
 """
 
 from __future__ import annotations
@@ -249,57 +250,77 @@ def needles(arm: str, lr: float, seed: int, quick: bool = False) -> dict:
 
 # ---- Levels of the CMS (Fig. 7) ----
 
-MANY = "mqar,pairs=8,vocab=64,filler=values,power=1"
-TRAINED, TESTED = 96, (96, 192, 384)
 CLOCKS = {
     "no level": (),
-    "8": (8,),
-    "16": (16,),
-    "48": (48,),
-    "8, 16": (8, 16),
-    "8, 48": (8, 48),
-    "8, 16, 48": (8, 16, 48),
+    "32": (32,),
+    "64": (64,),
+    "128": (128,),
+    "32, 128": (32, 128),
+    "32, 64, 128": (32, 64, 128),
 }
+PEOPLE, HAYSTACK, HAYSTACKS_READ = ("Anna", "Boris", "Clara", "David"), (512, 2048), 16
 
 
-def scored(split: str, seed: int, begin: int, n: int, length: int = TRAINED) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, what follows each token (after a question its answer), and what is asked.
+def reader(arch: str, seed: int, lr: float, steps: int, seq_len: int, **settings) -> hope.Hope:
+    """A small language model of chapter 15's text and size."""
+    torch.manual_seed(seed)
+    model = hope.Hope(hope.HopeConfig.preset("tiny", arch, **parts.SIZE, **settings))
+    g, text = torch.Generator().manual_seed(seed), parts.texts()["training"]
 
-    So the stream that a CMS learns from has the pairs, the answers, and filler, of which nothing can be predicted.
-    """
-    tokens, targets = tasks.make(f"{MANY},length={length}").rows(split, seed, begin, n)
-    following = F.pad(tokens[:, 1:], (0, 1), value=tasks.NOTHING)
-    return tokens, torch.where(targets == tasks.NOTHING, following, targets), targets
+    def step(i: int) -> None:
+        x = parts.windows(text, 4, seq_len, g)
+        model.observe(x[:, :-1], x[:, 1:], backward=True)
+
+    train(model, lr, steps, step, lambda: 0.0)
+    return model
+
+
+def letters(g: torch.Generator, n: int = 4) -> bytes:
+    return bytes((97 + torch.randint(26, (n,), generator=g)).tolist())
 
 
 @torch.no_grad()
-def read(model: hope.Hope, tokens: Tensor, predicted: Tensor, targets: Tensor) -> float:
-    """Percent of answers that are right when the CMS learns from the stream."""
-    asked = targets != tasks.NOTHING
-    _, _, logits = model.observe(tokens, predicted, logits=True)
-    return round(100 * (logits.argmax(-1) == targets)[asked].float().mean().item(), 2)
+def many_keys(model: hope.Hope, length: int) -> dict[str, float]:
+    """Four codes of four people, told in text at equal distances, then asked for.
+
+    A question is answered by the one of the four codes that the model finds likeliest: percent of right answers, and
+    bits that a right code costs less than in a model which was told other codes.
+    """
+    g, begun = torch.Generator().manual_seed(5), parts.windows(parts.texts()["held out"], HAYSTACKS_READ, length)
+    say = lambda who, code: f" The code of {who} is ".encode() + code
+    told = [[[letters(g) for _ in PEOPLE] for _ in begun] for _ in range(2)]  # and others, for comparison
+    states = []
+    for codes in told:
+        rows_read = []
+        for text, row in zip(begun.tolist(), codes):
+            cut, stream = length // len(PEOPLE), b""
+            for i, (who, code) in enumerate(zip(PEOPLE, row)):
+                stream += bytes(text[i * cut : (i + 1) * cut]) + say(who, code) + b"."
+            rows_read.append(list(stream))
+        x = torch.tensor(rows_read)
+        states.append(model.observe(x[:, :-1], x[:, 1:])[1])
+
+    def bits(state: hope.HopeState, who: str, codes: list[bytes]) -> Tensor:
+        x = torch.tensor([list(b"." + say(who, code)) for code in codes])
+        losses = model.observe(x[:, :-1], x[:, 1:], state, reduction="none")[0]
+        return losses[:, -len(codes[0]) :].sum(1) / math.log(2)
+
+    right, saved = [], []
+    for i, who in enumerate(PEOPLE):
+        each = torch.stack([bits(states[0], who, [row[j] for row in told[0]]) for j in range(len(PEOPLE))], 1)
+        right.append((each.argmin(1) == i).float())
+        saved.append(bits(states[1], who, [row[i] for row in told[0]]) - each[:, i])
+    right_, saved_ = torch.cat(right), torch.cat(saved)
+    return {"right": round(100 * right_.mean().item(), 2), "saved": round(saved_.mean().item(), 3)}
 
 
 def levels(arm: str, lr: float, seed: int, quick: bool = False) -> dict:
-    """Attention over 8 tokens, so that what is further back is in the CMS or nowhere. A scored token moves a level by 1."""
-    torch.manual_seed(seed)
-    begun, clocks = time.process_time(), CLOCKS[arm]
-    settings = dict(cms=(*map(float, clocks), INF), cms_rate=tuple(map(float, clocks)) or (1.0,), window=8, tied=True)
-    vocab_size = tasks.make(MANY).vocab_size
-    model = hope.Hope(hope.HopeConfig.preset("tiny", "hope-attention", vocab_size=vocab_size, **SIZE, **settings))
-
-    def step(i: int) -> None:
-        tokens, predicted, _ = scored("train", seed, 32 * i, 32)
-        model.observe(tokens, predicted, backward=True)
-
-    held = scored("selection", 0, 0, 128)
-    steps, reached = train(model, lr, 20 if quick else 150, step, lambda: read(model, *held))
-    found = {"selection": reached, "steps": steps, "seconds": round(time.process_time() - begun, 1)}
-    found["parameters"] = sum(p.numel() for p in model.parameters())
-    if seed != TUNING:
-        for length in TESTED:
-            found[f"test at {length}"] = read(model, *scored("test", 0, 0, 128, length))
-    return found
+    begun = time.process_time()
+    clocks = (*map(float, CLOCKS[arm]), INF)
+    model = reader("hope-attention", seed, lr, 10 if quick else 100, 256, cms=clocks)
+    found = {"seconds": round(time.process_time() - begun, 1), "parameters": sum(p.numel() for p in model.parameters())}
+    found["held out"] = parts.bits(model, "held out")
+    return found | {f"keys in {length}": many_keys(model, length) for length in HAYSTACK}
 
 
 # ---- A million tokens (Fig. 9) ----
@@ -355,16 +376,8 @@ EDGES = (0, 128, 256, 512, 1024, 2048, 4096)
 
 def position(arm: str, lr: float, seed: int, quick: bool = False) -> dict:
     """Bits per byte at places of held-out text, for a model trained on windows of 512 bytes."""
-    torch.manual_seed(seed)
-    begun, (arch, settings) = time.process_time(), READERS[arm]
-    model = hope.Hope(hope.HopeConfig.preset("tiny", arch, **parts.SIZE, **settings))
-    g, text = torch.Generator().manual_seed(seed), parts.texts()
-
-    def step(i: int) -> None:
-        x = parts.windows(text["training"], 4, 512, g)
-        model.observe(x[:, :-1], x[:, 1:], backward=True)
-
-    train(model, lr, 10 if quick else 100, step, lambda: 0.0)
+    begun, (arch, settings), text = time.process_time(), READERS[arm], parts.texts()
+    model = reader(arch, seed, lr, 10 if quick else 80, 512, **settings)
     found = {"seconds": round(time.process_time() - begun, 1), "parameters": sum(p.numel() for p in model.parameters())}
 
     @torch.no_grad()
@@ -373,12 +386,10 @@ def position(arm: str, lr: float, seed: int, quick: bool = False) -> dict:
         losses = model.observe(x[:, :-1], x[:, 1:], reduction="none", levels=levels)[0] / math.log(2)
         return [round(losses[:, a:b].mean().item(), 4) for a, b in zip(EDGES, EDGES[1:]) if b <= t]
 
-    found["selection"] = -sum(binned("tuning", 4, 512)[i] * w for i, w in enumerate((0.25, 0.25, 0.5)))
-    if seed != TUNING:
-        for which in ("held out", "program code"):
-            found[which] = binned(which, 8, EDGES[-1])
-            if arm == "Hope":
-                found[f"{which}, no level writes"] = binned(which, 8, EDGES[-1], levels=())
+    for which in ("held out", "program code"):
+        found[which] = binned(which, 8, EDGES[-1])
+        if arm == "Hope":
+            found[f"{which}, no level writes"] = binned(which, 8, EDGES[-1], levels=())
     return found
 
 
@@ -392,21 +403,25 @@ PARTS = {
 }
 
 
-def tuned_as(part: str, arm: str) -> str:
-    """Whose learning rate an arm has: Hope's variants have Hope's, and one level's that of all levels."""
-    return "8" if part == "levels" else arm.split(",")[0]
+OF_TEXT = ("levels", "position")  # on chapter 15's text, whose learning rates were the best of five
 
 
 def name_of(arm: str, lr: float, seed: int) -> str:
     return f"{arm}; {lr}; {seed}"
 
 
+def tuned_as(arm: str) -> str:
+    """Whose learning rate an arm of the needles has: Hope's variants have Hope's."""
+    return arm.split(",")[0]
+
+
 def best_rate(part: str, arm: str) -> float:
     """Of three, by selection rows; of equally good ones that which needs fewest steps."""
-    if part == "position":  # the text of chapter 15, whose rates were the best of five
-        return parts.best_rate(parts.stored()["rows"], "Hope" if arm == "Hope" else "transformer++")
-    found = stored("needles" if part == "million" else part)["rows"]
-    of = lambda lr: found[name_of(tuned_as(part, arm), lr, TUNING)]
+    if part in OF_TEXT:
+        arch = "hope-attention" if part == "levels" else "Hope" if arm == "Hope" else "transformer++"
+        return parts.best_rate(parts.stored()["rows"], arch)
+    found = stored("needles")["rows"]
+    of = lambda lr: found[name_of(tuned_as(arm), lr, TUNING)]
     return max(RATES, key=lambda lr: (of(lr)["selection"], -of(lr)["steps"]))
 
 
@@ -414,7 +429,7 @@ def missing(part: str, seeds: tuple[int, ...]) -> list[tuple[str, float, int]]:
     """The next trainings to do; an arm's seeds are known once its rate is."""
     found, left = stored(part)["rows"], []
     for arm in PARTS[part][1]:
-        rates = [] if part in ("million", "position") else [(tuned_as(part, arm), lr, TUNING) for lr in RATES]
+        rates = [(tuned_as(arm), lr, TUNING) for lr in RATES] if part == "needles" else []
         todo = [key for key in rates if name_of(*key) not in found]
         shown = [] if todo else [(arm, best_rate(part, arm), seed) for seed in seeds]
         left += [key for key in todo + shown[: 1 if part == "million" else None] if name_of(*key) not in found]
@@ -425,6 +440,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", default=list(PARTS), help="needles, levels, position, million; default: all")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--most", type=int, default=99, help="how many trainings before stopping")
     parser.add_argument("--backwards", action="store_true", help="begin with the last, beside a run that does not")
     parser.add_argument("--quick", action="store_true", help="a few steps of every arm, stored nowhere")
     given = parser.parse_args()
@@ -436,7 +452,9 @@ def main() -> None:
             for arm in arms:
                 print(part, arm, run(arm, RATES[1], 0, quick=True), flush=True)
             continue
-        while todo := missing(part, tuple(map(int, given.seeds.split(",")))):
+        for _ in range(given.most):
+            if not (todo := missing(part, tuple(map(int, given.seeds.split(","))))):
+                break
             key = todo[-1 if given.backwards else 0]
             found = run(*key)
             keep(part, name_of(*key), found)
