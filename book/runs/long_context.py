@@ -29,6 +29,7 @@ from torch import Tensor
 import hope
 import tasks
 from hope import INF
+from train import TrainConfig, clip_gradients, learning_rate, make_optimizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runs import parts  # noqa: E402
@@ -53,7 +54,7 @@ def keep(part: str, name: str, row: dict) -> None:
     result(part).write_text(json.dumps(found).replace('}, "', '},\n"') + "\n")
 
 
-def train(
+def fit(
     model: hope.Hope, lr: float, steps: int, step: Callable[[int], None], score: Callable[[], float]
 ) -> tuple[int, float]:
     """AdamW as in tests/bench/recall.py until the score, taken every 50 steps, is 99.5. Steps taken, and the last score."""
@@ -138,7 +139,7 @@ def trained(arm: str, lr: float, seed: int, steps: int) -> tuple[hope.Hope, int,
         F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten()).backward()
 
     held = mixed("selection", 0, 0, 256)
-    return model, *train(model, lr, steps, step, lambda: accuracy(model, *held))
+    return model, *fit(model, lr, steps, step, lambda: accuracy(model, *held))
 
 
 @torch.no_grad()
@@ -262,16 +263,21 @@ PEOPLE, HAYSTACK, HAYSTACKS_READ = ("Anna", "Boris", "Clara", "David"), (512, 20
 
 
 def reader(arch: str, seed: int, lr: float, steps: int, seq_len: int, **settings) -> hope.Hope:
-    """A small language model of chapter 15's text and size."""
+    """A small language model of chapter 15's text and size, trained as there but for the length of windows."""
     torch.manual_seed(seed)
     model = hope.Hope(hope.HopeConfig.preset("tiny", arch, **parts.SIZE, **settings))
-    g, text = torch.Generator().manual_seed(seed), parts.texts()["training"]
-
-    def step(i: int) -> None:
-        x = parts.windows(text, 4, seq_len, g)
+    config, g = TrainConfig(lr=lr, steps=steps, seq_len=seq_len), torch.Generator().manual_seed(seed)
+    optimizers = make_optimizers(model, config)
+    for i in range(steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(i, config) * group.get("lr_scale", 1.0)
+        x = parts.windows(parts.texts()["training"], 4, seq_len, g)
         model.observe(x[:, :-1], x[:, 1:], backward=True)
-
-    train(model, lr, steps, step, lambda: 0.0)
+        clip_gradients(model, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
     return model
 
 
