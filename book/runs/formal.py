@@ -34,11 +34,11 @@ BINS = ((1, 40), (41, 80), (81, 160))
 LINEAR = dict(depth=1, adaptive=(), self_values=False, momentum=False)
 ARCHS = {  # as chapter 18 names them: preset and changes
     "transformer++": ("transformer++", {}),
+    "hope, linear": ("hope", LINEAR),
     "deltanet": ("deltanet", {}),
+    "hope": ("hope", dict(chunk=16, chunk_proj=16)),
     "gated-deltanet, beta to 2": ("gated-deltanet", dict(beta=2.0)),
     "titans": ("titans", dict(chunk=8, chunk_proj=8)),
-    "hope, linear": ("hope", LINEAR),
-    "hope": ("hope", dict(chunk=16, chunk_proj=16)),
 }
 
 MAD = {
@@ -142,15 +142,23 @@ def shown(rows: dict, task: str, arch: str, seeds: tuple[int, ...] = (0, 1, 2)) 
     return [rows[name_of(task, arch, lr, seed)] for seed in seeds]
 
 
+def complete(rows: dict, task: str, arch: str, seeds: tuple[int, ...] = (0, 1, 2)) -> bool:
+    """Whether `shown` has all its rows."""
+    tuned = all(name_of(task, arch, lr, 0) in rows for lr in RATES)
+    return tuned and all(name_of(task, arch, best_rate(rows, task, arch), seed) in rows for seed in seeds)
+
+
 def missing(rows: dict, part: str, seeds: tuple[int, ...]) -> list[tuple[str, str, float, int]]:
-    """The next trainings to do: three rates everywhere, then the other seeds at the best."""
+    """The next trainings to do, one architecture after the other: three rates, then the other seeds at the best."""
     _, names, archs = PARTS[part]
-    cells = [(task, arch) for arch in archs for task in names]
-    tuning = [(*cell, lr, 0) for cell in cells for lr in RATES]
-    if todo := [key for key in tuning if name_of(*key) not in rows]:
-        return todo
-    wanted = [(*cell, best_rate(rows, *cell), seed) for seed in seeds for cell in cells]
-    return [key for key in wanted if name_of(*key) not in rows]
+    for arch in archs:
+        tuning = [(task, arch, lr, 0) for task in names for lr in RATES]
+        if todo := [key for key in tuning if name_of(*key) not in rows]:
+            return todo
+        wanted = [(task, arch, best_rate(rows, task, arch), seed) for seed in seeds for task in names]
+        if todo := [key for key in wanted if name_of(*key) not in rows]:
+            return todo
+    return []
 
 
 def stored() -> dict:
@@ -184,7 +192,7 @@ def main() -> None:
             key, begun = todo[0], time.process_time()
             found = row(*key, steps=20) if given.quick else row(*key)
             found["cpu seconds"] = round(time.process_time() - begun, 1)
-            print(f"{part}: {len(todo)} to go; {name_of(*key)}: {found}", flush=True)
+            print(f"{part}: {len(todo)} to go with {key[1]}; {key[0]}, {key[2]}, {key[3]}: {found}", flush=True)
             if given.quick:
                 break
             keep(part, name_of(*key), found)
