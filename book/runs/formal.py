@@ -1,7 +1,7 @@
 """The long runs of chapter 18: formal languages (the paper's Table 5) and MAD (Table 4).
 
     python book/runs/formal.py                     what is missing; about 15 minutes of one core; writes formal.json
-    python book/runs/formal.py --only languages    or mad
+    python book/runs/formal.py --only languages    or mad; --arch hope,deltanet for some architectures
     python book/runs/formal.py --seeds 0,1,2,3,4   more of them
     python book/runs/formal.py --quick             two short trainings, shown and not kept
 
@@ -34,10 +34,10 @@ BINS = ((1, 40), (41, 80), (81, 160))
 LINEAR = dict(depth=1, adaptive=(), self_values=False, momentum=False)
 ARCHS = {  # as chapter 18 names them: preset and changes
     "transformer++": ("transformer++", {}),
-    "hope, linear": ("hope", LINEAR),
+    "linear hope": ("hope", LINEAR),
     "deltanet": ("deltanet", {}),
     "hope": ("hope", dict(chunk=16, chunk_proj=16)),
-    "gated-deltanet, beta to 2": ("gated-deltanet", dict(beta=2.0)),
+    "gated-deltanet to 2": ("gated-deltanet", dict(beta=2.0)),
     "titans": ("titans", dict(chunk=8, chunk_proj=8)),
 }
 
@@ -148,10 +148,10 @@ def complete(rows: dict, task: str, arch: str, seeds: tuple[int, ...] = (0, 1, 2
     return tuned and all(name_of(task, arch, best_rate(rows, task, arch), seed) in rows for seed in seeds)
 
 
-def missing(rows: dict, part: str, seeds: tuple[int, ...]) -> list[tuple[str, str, float, int]]:
+def missing(rows: dict, part: str, seeds: tuple[int, ...], chosen: list[str]) -> list[tuple[str, str, float, int]]:
     """The next trainings to do, one architecture after the other: three rates, then the other seeds at the best."""
     _, names, archs = PARTS[part]
-    for arch in archs:
+    for arch in chosen or archs:
         tuning = [(task, arch, lr, 0) for task in names for lr in RATES]
         if todo := [key for key in tuning if name_of(*key) not in rows]:
             return todo
@@ -180,15 +180,17 @@ def keep(part: str, name: str, found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--arch", default="", help="several with commas; all if none")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     seeds = tuple(int(seed) for seed in given.seeds.split(","))
+    chosen = [arch for arch in given.arch.split(",") if arch]
     for part in [given.only] if given.only else PARTS:
         row = PARTS[part][0]
-        while todo := missing({} if given.quick else stored()[part], part, seeds):
+        while todo := missing({} if given.quick else stored()[part], part, seeds, chosen):
             key, begun = todo[0], time.process_time()
             found = row(*key, steps=20) if given.quick else row(*key)
             found["cpu seconds"] = round(time.process_time() - begun, 1)
