@@ -42,10 +42,10 @@ ARCHS = {  # as chapter 18 names them: preset and changes
 }
 
 MAD = {
-    "compression": "compression,symbols=15",
-    "in-context recall": "in-context-recall,pairs=32",
-    "fuzzy recall": "fuzzy-recall,length=64",
-    "selective copying": "selective-copying,length=64,copy=8",
+    "compression": "compression,symbols=12",
+    "in-context recall": "in-context-recall,pairs=16",
+    "fuzzy recall": "fuzzy-recall,length=32,motif=2",
+    "selective copying": "selective-copying,length=32,copy=4",
     "memorisation": "memorisation,vocab=64",
 }
 MAD_ARCHS = {
