@@ -137,15 +137,11 @@ def best_rate(rows: dict, task: str, arch: str) -> float:
 
 
 def shown(rows: dict, task: str, arch: str, seeds: tuple[int, ...] = (0, 1, 2)) -> list[dict]:
-    """The rows of these seeds at the best rate."""
-    lr = best_rate(rows, task, arch)
-    return [rows[name_of(task, arch, lr, seed)] for seed in seeds]
-
-
-def complete(rows: dict, task: str, arch: str, seeds: tuple[int, ...] = (0, 1, 2)) -> bool:
-    """Whether `shown` has all its rows."""
-    tuned = all(name_of(task, arch, lr, 0) in rows for lr in RATES)
-    return tuned and all(name_of(task, arch, best_rate(rows, task, arch), seed) in rows for seed in seeds)
+    """The rows of these seeds at the best rate, those that there are; none before all rates are tried."""
+    if any(name_of(task, arch, lr, 0) not in rows for lr in RATES):
+        return []
+    names = [name_of(task, arch, best_rate(rows, task, arch), seed) for seed in seeds]
+    return [rows[name] for name in names if name in rows]
 
 
 def missing(rows: dict, part: str, seeds: tuple[int, ...], chosen: list[str]) -> list[tuple[str, str, float, int]]:
