@@ -1259,7 +1259,7 @@ def run_command(args: argparse.Namespace) -> int:
     elif command.export:
         export(Path(command.export), args.device)
     elif command.plan:
-        plan.print_plan(*configs(args), command)
+        plan.print_plan(*configs(args), command, make_optimizers)
     elif command.prepare:
         print(Corpus.open(configs(args)[0]))
     else:
