@@ -685,7 +685,7 @@ def write_tokens(folder: Path, source: Source, tokenizer_name: str) -> None:
     if source.zeros:
         print(f"{folder}: {source.zeros:,} zero bytes (U+0000) were replaced by U+FFFD")
     for name, n in ((name, n) for name, n in source.left_out.items() if n):
-        print(f"{folder}: {n:,} documents were left out that are {FILTERS[name]} (--{name.replace('_', '-')})")
+        print(f"{folder}: {n:,} documents were left out as {FILTERS[name]} (--{name.replace('_', '-')})")
     sizes, sha256s = (
         {file: of(file) for file in FILES} for of in (manifest["sizes"].get, lambda f: file_sha256(folder / f))
     )
@@ -888,7 +888,10 @@ def place_in_mixture(i: int, shares: Sequence[Fraction]) -> tuple[int, int]:
 
 
 class Mixture(Corpus):
-    """Rows of several corpora by their shares, each in an order of its own. Rows are as long, so that tokens are shared."""
+    """Rows of several corpora by their shares, each in an order of its own.
+
+    Rows are equally long, so that tokens are shared as rows are; not so where documents are apart and short ones filled up.
+    """
 
     def __init__(self, config: TrainConfig, shares: dict[str, Fraction]):
         self.config, self.shares, self.sources = config, list(shares.values()), []

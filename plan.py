@@ -49,6 +49,9 @@ class Device:
     float32: float
     bfloat16: float
     view: float = 0.0  # of an operation that only looks at a tensor in another way, which the processor makes alone
+    matrix: float = 0.0  # of every matrix of a batch of products, beyond its arithmetic
+    cached: float = 0.0  # bytes a second of operations that move less than `cache` bytes; 0: as any other
+    cache: float = 0.0
     alone: bool = False  # the device gives itself the operations, as a CPU does, and cannot work meanwhile
     measured: bool = True
 
@@ -166,11 +169,15 @@ class Meter(TorchDispatchMode):
         elif "attention_for_cpu" in func.name():  # which the table lacks
             q, k = (args[i + ("backward" in func.name())] for i in (0, 1))
             flops = (10 if "backward" in func.name() else 4) * q.numel() * k.shape[-2]
+        elif func.overloadpacket is torch.ops.aten.linalg_solve_triangular:  # nor these
+            flops = args[1].numel() * args[0].shape[-1]
         low = flops and next(t for t in tree_leaves(out) if isinstance(t, Tensor)).dtype.itemsize == 2
         sums["bfloat16" if low else "float32"] += flops
         sums["launches"], sums["moved"] = sums["launches"] + 1, sums["moved"] + moved
-        times = {"by_arithmetic": flops / (device.bfloat16 if low else device.float32), "by_least": device.least}
-        times["by_bytes"] = moved / device.bandwidth
+        batch = args[0].shape[0] if func.overloadpacket is torch.ops.aten.bmm else 0
+        rate = device.cached if moved < device.cache else device.bandwidth
+        times = {"by_bytes": moved / rate, "by_least": device.least}
+        times["by_arithmetic"] = flops / (device.bfloat16 if low else device.float32) + batch * device.matrix
         longest = max(times, key=times.get)
         sums[longest] += times[longest]
 

@@ -120,7 +120,9 @@ class TrainConfig:
     )
     min_chars: int = setting(0, "leave out documents with fewer characters", least=0)
     max_chars: int = setting(0, "leave out documents with more characters; 0: none", least=0)
-    deduplicate: bool = setting(False, "leave out documents whose text came before in the same source")
+    deduplicate: bool = setting(
+        False, "leave out documents whose text came before in the same source; takes 100 bytes of memory for each"
+    )
     reset_at_documents: bool = setting(False, "a row holds one document, or a part: memories see no other one")
     data_dir: str = setting("data", "where prepared data is kept")
     verify_data: bool = setting(False, "compare the hashes of prepared data, not only names and sizes")

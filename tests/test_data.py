@@ -432,8 +432,8 @@ def test_filters_leave_documents_out_and_say_how_many(jsonl, small, capsys):
     folder, manifest, _ = prepare(config(**filters))
     assert manifest["left_out"] == {"min_chars": 1, "max_chars": 1, "deduplicate": 10}
     said = capsys.readouterr().out
-    assert "10 documents were left out that are seen before (--deduplicate)" in said
-    assert "1 documents were left out that are too short (--min-chars)" in said
+    assert "10 documents were left out as seen before (--deduplicate)" in said
+    assert "1 documents were left out as too short (--min-chars)" in said
     found = [text for split in ("training", "held_out") for text in texts_of(Corpus.open(config(**filters)), split)]
     assert sorted(found) == sorted(jsonl)
     assert sorted(path.name for path in folder.iterdir() if "hashes" in path.name) == []

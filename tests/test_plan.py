@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 
 import hope
+import kernels
 import plan
 import train
 
+ROOT = Path(plan.__file__).parent
 SMALL = ["--plan", "--arch", "transformer++", "--seq-len", "32"]
 
 
@@ -215,3 +219,58 @@ def test_the_optimizers_step_is_counted_for_every_layer(optimizer):
     assert whole.launches > thin.launches > 0
     # To clip, gradients are read, and scaled in place; an optimizer reads and writes at least the weights.
     assert whole.moved - thin.moved >= 4 * (sizes[1] - sizes[0]) * (3 + 3)
+
+
+def measured_dry(out: Path, groups: str) -> dict:
+    """tests/bench/gpu.py --measure on this CPU."""
+    command = [
+        sys.executable,
+        str(ROOT / "tests/bench/gpu.py"),
+        "--measure",
+        "--dry",
+        "--groups",
+        groups,
+        "--out",
+        str(out),
+    ]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    found = json.loads((out / "gpu.json").read_text())
+    assert found["dry"] and list(found["rows"]) == groups.split(",")
+    assert not any("failed" in row for rows in found["rows"].values() for row in rows)
+    return found
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+def test_the_measurement_of_a_gpu_runs_dry_and_the_plan_takes_its_constants(tmp_path, monkeypatch, capsys):
+    found = measured_dry(tmp_path / "tests/bench", "rates,kernels,segment")
+    device = plan.Device(**found["device"])
+    assert device.name == "CPU" and 1e-7 < device.launch < 1e-3 and device.bandwidth > 1e8 and device.float32 > 1e8
+    checked = found["rows"]["kernels"]
+    assert [row["kernel"].split(",")[0] for row in checked] == ["dgd_chunk", "memory_scan", "newton_schulz"]
+    assert all(row["right"] and row["same_bits"] for row in checked)
+    assert all(row["ms"] > 0 and row["tokens_s"] > 0 for row in found["rows"]["segment"])
+    monkeypatch.setattr(plan, "__file__", str(tmp_path / "plan.py"))
+    assert train.main(SMALL) == 0
+    out = capsys.readouterr().out
+    assert "on a CPU (measured)" in out and "1 x CPU: " in out and "assumed" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+def test_the_rest_of_the_measurement_runs_dry(tmp_path):
+    found = measured_dry(tmp_path, "chunk,layers,train")
+    assert "device" not in found and [row["steps"] for row in found["rows"]["train"]] == [2, 4]
+
+
+def test_a_measurement_needs_a_gpu_or_to_be_dry(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for more, said in (
+        ([], "torch sees no GPU here; --dry tries it"),
+        (["--dry"], "say by --out where"),
+        (["--groups", "a"], "a is not known"),
+    ):
+        run = subprocess.run([sys.executable, str(ROOT / "tests/bench/gpu.py"), "--measure", *more],
+                             env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+        assert run.returncode == 2 and said in run.stderr

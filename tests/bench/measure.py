@@ -83,9 +83,8 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
 
-def rates(bench: Bench) -> Iterator[Row]:
-    """What `plan.Device` holds, in the row "device", and what of it depends on the size."""
-    n, long = (2**12, 2**16) if bench.dry else (2**10, 2**29)
+def launch_and_view(bench: Bench) -> tuple[float, float]:
+    """Seconds from one small operation to the next, autograd's part included, and of a view."""
     small, w = bench.random(16), bench.random(16).requires_grad_()
     counts = {}
     for what, step in (("launch", lambda z: z * small), ("view", lambda z: z.view(4, 4).view(16))):
@@ -102,12 +101,19 @@ def rates(bench: Bench) -> Iterator[Row]:
     (a, launches), (b, views) = counts["launch"], counts["view"]
     # Two chains, two unknowns: seconds = operations x launch + views x view.
     matrix = torch.tensor([[a.launches, a.views], [b.launches, b.views]], dtype=torch.float64)
-    launch, view = torch.linalg.solve(matrix, torch.tensor([launches, views], dtype=torch.float64)).tolist()
+    return torch.linalg.solve(matrix, torch.tensor([launches, views], dtype=torch.float64)).tolist()
+
+
+def rates(bench: Bench) -> Iterator[Row]:
+    """What `plan.Device` holds, in the row "device", and what of it depends on the size."""
+    n, long = (2**12, 2**16) if bench.dry else (2**10, 2**29)
+    launch, view = launch_and_view(bench)
     yield dict(what="an operation, forward or backward", us=1e6 * launch)
     yield dict(what="a view", us=1e6 * view)
     least = launch
     if not bench.dry:
-        graph, z = torch.cuda.CUDAGraph(), small + small
+        graph, small = torch.cuda.CUDAGraph(), bench.random(16)
+        z = small + small
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             for _ in range(200):
@@ -158,9 +164,9 @@ def kernel_calls(bench: Bench) -> Iterator[tuple[str, Callable[[str, torch.dtype
 
     def scan(choice: str, dtype: torch.dtype) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        config = replace(m, d_model=2 * e, n_head=2, chunk=16, chunk_proj=16) if bench.dry else m
+        config = replace(m, d_model=e, n_head=1, chunk=8, chunk_proj=8) if bench.dry else m
         layer = hope.Memory(config).to(bench.device, dtype)
-        x = bench.random(2, 3 * config.chunk, config.d_model, seed=1).to(dtype)
+        x = bench.random(1 if bench.dry else 2, 2 * config.chunk, config.d_model, seed=1).to(dtype)
         with kernels.using(choice), torch.no_grad():
             y, state = layer(x)
         found = [y]
@@ -186,7 +192,7 @@ def chunk_arguments(bench: Bench, lead: tuple, c: int, e: int, dtype: torch.dtyp
 
 
 def check_kernels(bench: Bench) -> Iterator[Row]:
-    repeats = 3 if bench.dry else 30
+    repeats = 2 if bench.dry else 30
     for name, call in kernel_calls(bench):
         exact, first = call("reference", torch.float64), call("triton", torch.float32)
         errors = [((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in zip(first, exact)]
