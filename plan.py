@@ -278,13 +278,21 @@ def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: to
 def step_cost(model_config: HopeConfig, config: TrainConfig, make_optimizers: Callable) -> Cost:
     """What clipping the gradients and the optimizers' step take, extended from two thin models."""
 
+    device = Device.known()
+
     def count(periods: int) -> Cost:
         with FakeTensorMode():
             model = Hope(replace(model_config, n_layer=periods * len(model_config.pattern)))
-            optimizers, tokens = make_optimizers(model, config), torch.zeros(1, 2, dtype=torch.long)
-            model.observe(tokens, tokens, backward=True)
+            optimizers = make_optimizers(model, config)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            if config.optimizer == "dgd":  # which takes in what the layers are given
+                tokens = torch.zeros(1, 2, dtype=torch.long)
+                model.observe(tokens, tokens, backward=True)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups if "foreach" in group):
+                group["foreach"] = not device.alone  # on GPUs torch's optimizers take all weights at once
             for _ in range(2):  # the first one makes the state
-                with Meter(Device.known()) as meter:
+                with Meter(device) as meter:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
                     for optimizer in optimizers:
                         optimizer.step()
