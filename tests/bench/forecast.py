@@ -1,6 +1,6 @@
 """Does the arithmetic of `train.py --plan` foretell a step's time? Asked of this CPU, whose constants are measured first.
 
-    python tests/bench/forecast.py [--sizes tiny,60m] [--arch hope,transformer++] [--seq-len 256] [--rounds 3]
+    python tests/bench/forecast.py [--sizes tiny,60m] [--arch hope,transformer++] [--seq-len 256] [--optimizer muon] [--rounds 3]
 
 prints, for every architecture and size, a training step (forward and backward pass, clipping, optimizer) as foretold and as it is,
 in processor time of one thread; constants, forecasts and steps are taken in turn, so that what else the machine does falls on
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="tiny")
     parser.add_argument("--arch", default="hope,transformer++")
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--optimizer", default="muon")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -127,7 +128,8 @@ def main() -> None:
         print(f"{1e6 * device.launch:.1f} us an operation, {1e6 * device.view:.1f} a view, {1e6 * device.matrix:.1f} a matrix; "
               f"{device.cached / 1e9:.0f} and {device.bandwidth / 1e9:.0f} GB/s, {device.float32 / 1e9:.0f} GFLOP/s")  # fmt: skip
         for size, arch in kinds:
-            config = train.TrainConfig(size=size, arch=arch, seq_len=args.seq_len, precision="float32")
+            settings = dict(seq_len=args.seq_len, optimizer=args.optimizer, precision="float32")
+            config = train.TrainConfig(size=size, arch=arch, **settings)
             model = hope.HopeConfig.preset(size, arch)
             if (size, arch) not in steps:
                 steps[size, arch] = make_step(config, model)
