@@ -274,3 +274,14 @@ def test_a_measurement_needs_a_gpu_or_to_be_dry(tmp_path):
         run = subprocess.run([sys.executable, str(ROOT / "tests/bench/gpu.py"), "--measure", *more],
                              env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
         assert run.returncode == 2 and said in run.stderr
+
+
+@pytest.mark.slow
+def test_a_step_takes_as_long_on_this_cpu_as_the_plan_foretells():
+    """Within 30%, with constants that were measured just before, on other architectures."""
+    run = subprocess.run([sys.executable, str(ROOT / "tests/bench/forecast.py")], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                         capture_output=True, text=True)  # fmt: skip
+    ratios = {arch: float(ratio) for arch, ratio in re.findall(r"^tiny +(\S+) .* ratio ([\d.]+);", run.stdout, re.M)}
+    assert set(ratios) == {"hope", "transformer++"} and all(0.7 < ratio < 1.3 for ratio in ratios.values()), (
+        run.stdout + run.stderr
+    )

@@ -6,7 +6,9 @@ prints, for every architecture and size, a training step (forward and backward p
 in processor time of one thread; constants, forecasts and steps are taken in turn, so that what else the machine does falls on
 all of them alike. Constants are the same for all architectures: launches and views in a chain of small ones, and how much longer
 they take in narrow models of other architectures; bytes over a mix of the element-wise operations that models consist of, in
-the cache and beyond it; arithmetic of large products, and what a matrix of a batch costs beyond that.
+the cache and beyond it; arithmetic of large products, and what a matrix of a batch costs beyond that. Foretold is .82 of Hope's
+step and .76 of Transformer++'s at size tiny, .89 and .93 at 60m (two sequences of 256 and 128 tokens). What is missing is not
+counted: convolutions and triangular solves far below the rate of large products, exponentials, data, Python between operations.
 """
 
 from __future__ import annotations
