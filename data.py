@@ -7,6 +7,7 @@ In this file, in this order:
     Source             the text that --data names, piece by piece
     prepare            that text as files of tokens, made once
     Rows, Corpus       the rows of a step: a pure function of (seed, step, row)
+    Mixture            the same, of several sources by share
     TaskCorpus         the same, of a synthetic task of tasks.py
 
 train.py declares the settings (`TrainConfig`) and trains on what comes out of `Corpus.open`. Nothing here knows the model.
@@ -29,6 +30,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from fractions import Fraction
 from functools import cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -392,6 +395,7 @@ HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-100BT", 0.0005),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", 0.01),
     "tinystories": ("roneneldan/TinyStories", None, 0.01),
+    "pg19": ("emozilla/pg19", None, 0.005),  # whole books
 }
 WIKITEXT_TITLE = re.compile(r" = [^=].* = \n")
 PIECE = 2**18  # characters of a text file that are read at once
@@ -410,7 +414,8 @@ class Source:
     """The text that --data names, piece by piece, always in the same order.
 
     A text file is one document and comes in pieces; a row of a jsonl or parquet file or of a data set is one. `tell()`
-    is the position after the last piece; iteration begins at the position `start`.
+    is the position after the last piece; iteration begins at the position `start`. With a filter a document comes whole,
+    and some do not: too short ones, too long ones, and those whose text was `seen` before.
     """
 
     def __init__(self, config: TrainConfig):
@@ -428,17 +433,54 @@ class Source:
             self.pieces, self.files = self._files, self._find()
             self.identity = {"files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]}
         self.identity |= {"field": self.field, "held_out": self.held_out}
+        self.filters = {k: v for k in FILTERS if (v := getattr(config, k))}
+        self.identity |= {"filters": self.filters} if self.filters else {}
+        self.seen: set[bytes] = set()  # hashes of documents, and those that came since they were last written down
+        self.new: list[bytes] = []
+        self.left_out = dict.fromkeys(self.filters, 0)
         self.place: Any = None
         self.zeros = 0  # zero bytes that were replaced
         self.tell: Callable[[], Any] = lambda: self.place
 
     def __iter__(self) -> Iterator[Piece]:
         try:
-            yield from self.pieces()
+            yield from self._kept() if self.filters else self.pieces()
         except UserError:
             raise
         except Exception as e:  # damaged archives, data sets and networks raise whatever their library likes
             raise UserError(f"--data {self.where} cannot be read ({reason(e)}); {self.fix}") from e
+
+    def _kept(self) -> Iterator[Piece]:
+        """Every document that no filter leaves out, in one piece; the others are counted."""
+        if self.start is None:
+            self.seen, self.new, self.left_out = set(), [], dict.fromkeys(self.filters, 0)
+        parts, tell, after = [], self.tell, None
+        for piece in chain(self.pieces(), [None]):
+            if parts and (piece is None or piece.begins):
+                text = "".join(part.text for part in parts)
+                self.tell = lambda: after
+                if why := self._why_not(text):
+                    self.left_out[why] += 1
+                else:
+                    yield Piece(text, True, parts[0].held_out)
+                self.tell, parts = tell, []
+            tell = self.tell  # of a data set of the hub it is another since the first piece
+            after = tell()
+            parts += [piece] if piece else []
+
+    def _why_not(self, text: str) -> str | None:
+        """The filter that leaves this document out."""
+        if len(text) < self.filters.get("min_chars", 0):
+            return "min_chars"
+        if len(text) > self.filters.get("max_chars", math.inf):
+            return "max_chars"
+        if self.filters.get("deduplicate"):
+            digest = hashlib.sha256(text.encode(errors="replace")).digest()[:16]
+            if digest in self.seen:
+                return "deduplicate"
+            self.seen.add(digest)
+            self.new.append(digest)
+        return None
 
     def _find(self) -> list[Path]:
         """Every file once: those that exist under a name, those below a folder, those that match a pattern."""
@@ -549,6 +591,9 @@ def batches(source: Source, held_out: bool | None = None) -> Iterator[tuple[list
 # What prepared data is: tokens for training and held out, and where in them documents start (an eot each), as numbers.
 SPLITS = ("train", "held_out")
 FILES = [f"{split}.{what}" for split in SPLITS for what in ("tokens", "starts")]
+SEEN = "seen.hashes"  # 16 bytes for every document, while preparing with --deduplicate
+# The settings that leave documents out, and what they say of those.
+FILTERS = {"min_chars": "too short", "max_chars": "too long", "deduplicate": "seen before"}
 
 
 def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
@@ -581,6 +626,9 @@ def prepare(config: TrainConfig) -> tuple[Path, dict, Tokenizer]:
         raise UserError(f"--data {folder}: its preparation was not finished; finish it where it was begun")
     if config.tokenizer not in ("", used := manifest["tokenizer"]):
         raise UserError(f"--data {folder} was prepared with --tokenizer {used}; leave --tokenizer out")
+    filters = {k: v for k in FILTERS if (v := getattr(config, k))}
+    if Path(config.data) == folder and filters and filters != manifest.get("filters"):
+        raise UserError(f"--data {folder} was prepared with other filters; leave out {', '.join(filters)}")
     for file in FILES:
         path, size = folder / file, manifest["sizes"][file]
         found = path.stat().st_size if path.exists() else None
@@ -597,6 +645,7 @@ def write_tokens(folder: Path, source: Source, tokenizer_name: str) -> None:
     path, fix = folder / "manifest.json", f"delete {folder} to prepare it anew"
     if path.exists():
         manifest = read_signed(path, fix)
+        manifest |= {"left_out": manifest.get("left_out", {}), "sizes": {SEEN: 0} | manifest["sizes"]}
         print(f"{folder}: going on after {sum(manifest['sizes'].values()):,} bytes")
     else:
         shutil.rmtree(folder, ignore_errors=True)
@@ -606,11 +655,14 @@ def write_tokens(folder: Path, source: Source, tokenizer_name: str) -> None:
         tokenizer.save(folder)
         manifest = {"data": source.data, "tokenizer": tokenizer_name, "tokenizer_sha256": tokenizer.sha256}
         manifest |= {"held_out": source.held_out, "position": None, "side": None, "zeros": 0}
-        manifest |= {"sizes": dict.fromkeys(FILES, 0)}
+        manifest |= {"sizes": dict.fromkeys([*FILES, SEEN], 0), "filters": source.filters, "left_out": source.left_out}
     tokenizer = Tokenizer.of(folder, manifest["tokenizer_sha256"], fix)
     source.start, source.zeros, files = manifest["position"], manifest["zeros"], {}
+    source.left_out = dict(manifest["left_out"])
+    if (size := manifest["sizes"][SEEN]) and len(hashes := (folder / SEEN).read_bytes()) >= size:
+        source.seen = {hashes[i : i + 16] for i in range(0, size, 16)}
     with ExitStack() as stack, tqdm(desc=f"preparing {folder}", unit="B", unit_scale=True, disable=None) as bar:
-        for file in FILES:
+        for file in manifest["sizes"]:
             files[file] = stack.enter_context(open(folder / file, "ab"))
             files[file].truncate(manifest["sizes"][file])
             files[file].seek(0, os.SEEK_END)
@@ -622,15 +674,23 @@ def write_tokens(folder: Path, source: Source, tokenizer_name: str) -> None:
                     tokens = np.insert(tokens, 0, tokenizer.eot)
                 out.write(tokens.tobytes())
                 bar.update(len(piece.text))
+            files[SEEN].write(b"".join(source.new))
+            source.new = []
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
             sizes = {name: file.tell() for name, file in files.items()}
-            manifest |= position | {"sizes": sizes, "zeros": source.zeros}
+            manifest |= position | {"sizes": sizes, "zeros": source.zeros, "left_out": source.left_out}
             write_atomically(path, signed(manifest))
     if source.zeros:
         print(f"{folder}: {source.zeros:,} zero bytes (U+0000) were replaced by U+FFFD")
-    write_atomically(path, signed(manifest | {"sha256s": {file: file_sha256(folder / file) for file in FILES}}))
+    for name, n in ((name, n) for name, n in source.left_out.items() if n):
+        print(f"{folder}: {n:,} documents were left out as {FILTERS[name]} (--{name.replace('_', '-')})")
+    sizes, sha256s = (
+        {file: of(file) for file in FILES} for of in (manifest["sizes"].get, lambda f: file_sha256(folder / f))
+    )
+    write_atomically(path, signed(manifest | {"left_out": source.left_out, "sizes": sizes, "sha256s": sha256s}))
+    (folder / SEEN).unlink(missing_ok=True)
 
 
 def scramble(*numbers: int) -> int:
@@ -726,10 +786,13 @@ class Corpus:
             if not len(rows):
                 few = f"its {what} part has {rows.tokens} tokens, too few for --seq-len {seq_len}"
                 raise UserError(f"--data {config.data}: {few}; give more text or a shorter --seq-len")
+        self._count_bytes()
+
+    def _count_bytes(self) -> None:
         scored = self.validation()[1].numpy()
         scored = scored[scored >= 0]
         # Exact on what is scored, so that bits per byte compare between tokenizers.
-        self.tokens_per_byte = len(scored) / tokenizer.lengths[scored].sum()
+        self.tokens_per_byte = len(scored) / self.tokenizer.lengths[scored].sum()
         self.bits = self.tokens_per_byte / math.log(2)  # of nats per token, in bits per byte
 
     @classmethod
@@ -741,6 +804,8 @@ class Corpus:
         """
         if task_of(config.data):
             return TaskCorpus(config)
+        if shares := shares_of(config.data):
+            return Mixture(config, shares)
         folder, manifest, tokenizer = prepare(config)
         arrays = {}
         for file, size in manifest["sizes"].items():
@@ -769,13 +834,14 @@ class Corpus:
         A pure function of (seed, step, row): it is the same for any number of ranks and any micro-batches, of which
         each takes rows of its own. An epoch visits every row of the corpus once, in an order of its own.
         """
-        n, first = len(self.training), 0 if self.config.overfit_one_batch else step * self.config.batch_size
+        first = 0 if self.config.overfit_one_batch else step * self.config.batch_size
+        return stacked(self.row(first + row) for row in rows)
 
-        def pick(i: int) -> tuple[np.ndarray, np.ndarray]:
-            epoch = scramble(self.config.seed, i // n)
-            return self.training.row(shuffled(i % n, n, epoch), epoch % self.config.seq_len)
-
-        return stacked(pick(first + row) for row in rows)
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """The i-th row that training reads."""
+        n = len(self.training)
+        epoch = scramble(self.config.seed, i // n)
+        return self.training.row(shuffled(i % n, n, epoch), epoch % self.config.seq_len)
 
     def validation(self, most: int = 40) -> tuple[Tensor, Tensor]:
         """At most `most` rows of held-out text, evenly spread: tokens and targets (n, t)."""
@@ -785,6 +851,84 @@ class Corpus:
     def __str__(self) -> str:
         tokens = f"{self.training.tokens:,} tokens to train on, {self.held_out.tokens:,} held out ({self.name})"
         return f"{tokens}, {self.tokenizer.vocab_size:,} kinds of tokens, {1 / self.tokens_per_byte:.2f} bytes each"
+
+
+def shares_of(data: str) -> dict[str, Fraction]:
+    """The sources that --data NAME@SHARE,NAME@SHARE,... names, largest share first; none if it mixes nothing."""
+    if "@" not in data or os.path.exists(data):
+        return {}
+    parts = {part: re.fullmatch(r"(.+)@([-+\d./e]+)", part) for part in data.split(",")}
+    if not any(parts.values()):
+        return {}
+    allowed = "give every source a share, together 1, as in fineweb-edu@0.8,pg19@0.2"
+    if bare := [part for part, match in parts.items() if not match]:
+        raise UserError(f"--data {data}: {bare[0]} has no share; {allowed}")
+    with explained(f"--data {data}: a share is no number", allowed, ValueError, ZeroDivisionError):
+        shares = {match[1]: Fraction(match[2]) for match in parts.values()}
+    if min(shares.values()) <= 0 or sum(shares.values()) != 1 or len(shares) < data.count(",") + 1:
+        given = " + ".join(f"{float(share):g}" for share in shares.values())
+        twice = "a source is named twice" if len(shares) < data.count(",") + 1 else f"the shares are {given}"
+        raise UserError(f"--data {data}: {twice}; {allowed}")
+    return dict(sorted(shares.items(), key=lambda pair: -pair[1]))
+
+
+def place_in_mixture(i: int, shares: Sequence[Fraction]) -> tuple[int, int]:
+    """Which source the i-th row is of, and the how many-th of that source.
+
+    Of any first n rows, the first source has its share of n, rounded down; what is left is shared among the others in the
+    same way. So two sources never are a row from their shares, and more of them less than two.
+    """
+    left = sum(shares)
+    for source, share in enumerate(shares):
+        before, after = (n * share // left for n in (i, i + 1))
+        if after > before:
+            return source, before
+        i, left = i - before, left - share
+    raise ValueError("shares are positive")
+
+
+class Mixture(Corpus):
+    """Rows of several corpora by their shares, each in an order of its own.
+
+    Rows are equally long, so that tokens are shared as rows are; not so where documents are apart and short ones filled up.
+    """
+
+    def __init__(self, config: TrainConfig, shares: dict[str, Fraction]):
+        self.config, self.shares, self.sources = config, list(shares.values()), []
+        tokenizer = config.tokenizer
+        for name in shares:
+            prepared = (Path(name) / "manifest.json").is_file()
+            self.sources.append(Corpus.open(replace(config, data=name, tokenizer="" if prepared else tokenizer)))
+            folder = Path(self.sources[0].name)
+            if prepared or config.tokenizer_name.startswith("train:"):  # what the first has learnt serves all
+                tokenizer = tokenizer_in(folder)
+        self.tokenizer = self.sources[0].tokenizer
+        if len({source.tokenizer.sha256 for source in self.sources}) > 1:
+            raise UserError(
+                f"--data {config.data}: these were prepared with different tokenizers; prepare them with one"
+            )
+        self.name, self.vocab_size = ", ".join(source.name for source in self.sources), self.tokenizer.vocab_size
+        self.sha256 = fingerprint([[source.sha256, str(share)] for source, share in zip(self.sources, self.shares)])
+        self.held_out = Rows(
+            [part for source in self.sources for part in source.held_out.parts],
+            config.seq_len,
+            config.reset_at_documents,
+        )
+        self._count_bytes()
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        source, of_source = place_in_mixture(i, self.shares)
+        return self.sources[source].row(of_source)
+
+    def validation(self, most: int = 40) -> tuple[Tensor, Tensor]:
+        """At most about `most` rows of held-out text, of every source by its share, but one at least."""
+        of_each = (source.validation(max(1, round(most * share))) for source, share in zip(self.sources, self.shares))
+        return tuple(map(torch.cat, zip(*of_each)))
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{float(share):.3g} of the rows: {source}" for source, share in zip(self.sources, self.shares)
+        )
 
 
 def task_of(data: str) -> tasks.Task | None:

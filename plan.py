@@ -13,7 +13,10 @@ from __future__ import annotations
 import json
 import sys
 import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +48,11 @@ class Device:
     bandwidth: float
     float32: float
     bfloat16: float
+    view: float = 0.0  # of an operation that only looks at a tensor in another way, which the processor makes alone
+    matrix: float = 0.0  # of every matrix of a batch of products, beyond its arithmetic
+    cached: float = 0.0  # bytes a second of operations that move less than `cache` bytes; 0: as any other
+    cache: float = 0.0
+    alone: bool = False  # the device gives itself the operations, as a CPU does, and cannot work meanwhile
     measured: bool = True
 
     @staticmethod
@@ -56,21 +64,37 @@ class Device:
         with explained(f"{path} cannot be used", "measure anew, or delete it"):
             return Device(**json.loads(path.read_text())["device"])
 
-    def seconds(self, moved: float, float32: float, bfloat16: float) -> float:
-        """The time that an operation takes at least: of its bytes and its arithmetic the larger, and not below `least`."""
-        return max(self.least, moved / self.bandwidth, float32 / self.float32 + bfloat16 / self.bfloat16)
-
 
 class Cost(NamedTuple):
-    """What a micro-batch takes, see `rehearse`."""
+    """What a micro-batch, a part of a model in it, or an optimizer's step takes, see `rehearse`."""
 
-    peak: float  # bytes beyond the weights, gradients included
-    state: float  # bytes of the states at the end
-    launches: float  # operations that are no views
-    moved: float  # bytes that they read and write
-    float32: float  # arithmetic, a multiply and an add as two: of matrix products and attention, what is recomputed
-    bfloat16: float  # as often as it is computed
-    busy: float  # seconds of the device, if it need not wait: the sum of `Device.seconds`
+    peak: float = 0.0  # bytes beyond the weights, gradients included, when those of all parts are most
+    state: float = 0.0  # bytes of the states at the end
+    launches: float = 0.0  # operations that are no views
+    views: float = 0.0
+    moved: float = 0.0  # bytes that operations read and write
+    float32: float = 0.0  # arithmetic, a multiply and an add as two: of matrix products and attention, what is
+    bfloat16: float = 0.0  # recomputed as often as it is computed
+    by_bytes: float = 0.0  # seconds of the device for operations that are as long as their bytes take, by
+    by_arithmetic: float = 0.0  # their arithmetic,
+    by_least: float = 0.0  # and by neither: for these `Device.least`
+
+    def given(self, device: Device) -> float:
+        """Seconds that it takes to give the device all its operations."""
+        return self.launches * device.launch + self.views * device.view
+
+    def work(self) -> float:
+        """Seconds of the device, if it need not wait."""
+        return self.by_bytes + self.by_arithmetic + self.by_least
+
+    def seconds(self, device: Device) -> float:
+        """While a device works, the processor gives it what comes next, so that the longer of the two counts."""
+        both = (self.given(device), self.work())
+        return sum(both) if device.alone else max(both)
+
+
+def total(parts: Iterable[Cost]) -> Cost:
+    return Cost(*map(sum, zip(*parts)))
 
 
 def numel_bytes(values: Any) -> int:
@@ -78,51 +102,112 @@ def numel_bytes(values: Any) -> int:
 
 
 class Meter(TorchDispatchMode):
-    """Counts what `Cost` holds, and the bytes of all tensors that operations make while they live.
+    """Counts what `Cost` holds for every part of a model, with the bytes of all tensors that operations make while they live.
 
     torch's FlopCounterMode has hooks that stop `autograd.grad` to leaves, which the CMS needs; its table of operations serves.
+    An operation of a backward pass is of the part whose forward pass made the node that runs; autograd numbers its nodes.
     """
+
+    PARTS = ("memories", "CMS", "CMS writes", "norms and sums", "the rest")  # the first four are those of the layers
 
     def __init__(self, device: Device) -> None:
         super().__init__()
-        self.device, self.now, self.peak, self.launches, self.moved, self.busy = device, 0, 0, 0, 0, 0.0
-        self.arithmetic = {"float32": 0, "bfloat16": 0}
-        self.live: set[int] = set()
+        self.device, self.sums = device, {part: dict.fromkeys(Cost._fields, 0) for part in self.PARTS}
+        self.live, self.most = dict.fromkeys(self.PARTS, 0), 0
+        self.made: dict[int, str] = {}  # the part of every living storage
+        self.stack, self.last, self.owner = ["the rest"], "the rest", {}
+        self.numbers, self.of = [0], ["the rest"]  # from which node on what part makes them
 
-    def add_operation(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        flops, moved = 0, numel_bytes((args, kwargs, out))
+    @property
+    def parts(self) -> dict[str, Cost]:
+        return {part: Cost(**sums) for part, sums in self.sums.items()}
+
+    def watch(self, model: Hope) -> None:
+        """Tell the parts of this model apart."""
+        for block in model.blocks:
+            memory, cms = block.memory, block.cms
+            methods = {
+                "norms and sums": (block, "forward"),
+                "CMS": (cms, "forward init_state"),
+                "CMS writes": (cms, "write"),
+            }
+            for part, (module, names) in (methods | {"memories": (memory, "forward init_state restart_graph")}).items():
+                for name in names.split():
+                    setattr(module, name, partial(self.run, part, getattr(module, name)))
+            self.owner |= {id(p): "memories" for p in memory.parameters()} | {id(p): "CMS" for p in cms.parameters()}
+            self.owner |= {id(p): "norms and sums" for p in block.parameters() if id(p) not in self.owner}
+        self.owner = {id(p): "the rest" for p in model.parameters()} | self.owner
+
+    def run(self, part: str, method: Callable, *args: Any, **how: Any) -> Any:
+        self.enter(part)
+        try:
+            return method(*args, **how)
+        finally:
+            self.stack.pop()
+            self.enter(self.stack.pop())
+
+    def enter(self, part: str) -> None:
+        self.stack.append(part)
+        self.numbers.append(torch._C._autograd._get_sequence_nr())
+        self.of.append(part)
+
+    def part(self) -> str:
+        """To which part what is computed now belongs."""
+        if len(self.stack) > 1 or torch._C._current_graph_task_id() < 0:
+            return self.stack[-1]
+        if node := torch._C._current_autograd_node():  # else a sum of gradients, which the node before has led to
+            if getattr(node, "variable", None) is not None:  # a leaf, into which gradients go
+                self.last = self.owner.get(id(node.variable), "CMS writes")
+            else:
+                self.last = self.of[bisect_right(self.numbers, node._sequence_nr()) - 1]
+        return self.last
+
+    def add_operation(self, sums: dict[str, float], func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        flops, moved, device = 0, numel_bytes((args, kwargs, out)), self.device
         if count := flop_registry.get(func.overloadpacket):
             flops = count(*args, **kwargs, out_val=out)
         elif "attention_for_cpu" in func.name():  # which the table lacks
             q, k = (args[i + ("backward" in func.name())] for i in (0, 1))
             flops = (10 if "backward" in func.name() else 4) * q.numel() * k.shape[-2]
+        elif func.overloadpacket is torch.ops.aten.linalg_solve_triangular:  # nor these
+            flops = args[1].numel() * args[0].shape[-1]
         low = flops and next(t for t in tree_leaves(out) if isinstance(t, Tensor)).dtype.itemsize == 2
-        self.arithmetic["bfloat16" if low else "float32"] += flops
-        self.launches, self.moved = self.launches + 1, self.moved + moved
-        self.busy += self.device.seconds(moved, 0 if low else flops, flops if low else 0)
+        sums["bfloat16" if low else "float32"] += flops
+        sums["launches"], sums["moved"] = sums["launches"] + 1, sums["moved"] + moved
+        batch = args[0].shape[0] if func.overloadpacket is torch.ops.aten.bmm else 0
+        rate = device.cached if moved < device.cache else device.bandwidth
+        times = {"by_bytes": moved / rate, "by_least": device.least}
+        times["by_arithmetic"] = flops / (device.bfloat16 if low else device.float32) + batch * device.matrix
+        longest = max(times, key=times.get)
+        sums[longest] += times[longest]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        free = (
-            func.namespace == "prim" or func.is_view or any(name in func.name() for name in ("empty", "_unsafe_view"))
-        )
-        if not free:
-            self.add_operation(func, args, kwargs or {}, out)
+        if func is torch.ops.prim.device.default:  # asked for by every backward pass
+            return args[0].fake_device
+        if func is torch.ops.aten._local_scalar_dense.default:  # there are no numbers
+            return 1.0
+        out, part = func(*args, **(kwargs or {})), self.part()
+        if func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view:
+            self.sums[part]["views"] += 1
+        elif func.namespace != "prim" and "empty" not in func.name():
+            self.add_operation(self.sums[part], func, args, kwargs or {}, out)
         for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
-            if id(storage) not in self.live:
+            if id(storage) not in self.made:
                 weakref.finalize(storage, self.gone, id(storage), storage.nbytes())
-                self.live.add(id(storage))
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
+                self.made[id(storage)] = part
+                self.live[part] += storage.nbytes()
+                if (now := sum(self.live.values())) > self.most:
+                    self.most = now
+                    for one in self.PARTS:
+                        self.sums[one]["peak"] = self.live[one]
         return out
 
     def gone(self, storage: int, size: int) -> None:
-        self.live.remove(storage)
-        self.now -= size
+        self.live[self.made.pop(storage)] -= size
 
 
-def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, dtype: torch.dtype) -> Cost:
-    """One micro-batch of (rows, t) tokens, forward and backward, with tensors that have shapes but no numbers.
+def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, dtype: torch.dtype) -> dict[str, Cost]:
+    """One micro-batch of (rows, t) tokens, forward and backward, with tensors that have shapes but no numbers, by parts.
 
     Of the memories' chunks it is the plain form that is counted.
     """
@@ -131,43 +216,90 @@ def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, d
         model.recompute = config.recompute
         tokens = torch.zeros(rows, t, dtype=torch.long)
         with Meter(Device.known()) as meter:
+            meter.watch(model)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 how = dict(backward=config.truncate, truncate=config.truncate)
                 losses, state = model.observe(tokens, tokens, reduction="none", **how)
             if not config.truncate:
                 losses.sum().backward()
-        size = []
-        hope.map_state(lambda z: size.append(z.numel() * z.element_size()) or z, state)
-    return Cost(meter.peak, sum(size), meter.launches, meter.moved, **meter.arithmetic, busy=meter.busy)
+        for part, of_part in (("memories", state.memories), ("CMS", state.cms)):
+            hope.map_state(
+                lambda z: meter.sums[part].update(state=meter.sums[part]["state"] + numel_bytes(z)) or z, of_part
+            )
+    return meter.parts
 
 
-def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: torch.dtype) -> Cost:
+def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: torch.dtype) -> dict[str, Cost]:
     """`rehearse` for the whole model and sequence; where that is much work, extended from shorter and thinner ones.
 
-    All its numbers are polynomials of the layers and of the rounds of the CMS (a round is the slowest level's chunk):
-    linear in both, with attention quadratic in rounds. In a layer's first round less is kept than in any later one.
+    All numbers of the layers are polynomials of how many they are and of the rounds of the CMS (a round is the slowest
+    level's chunk): linear in both, with attention quadratic in rounds. In a layer's first round less is kept than in any
+    later one. Those of the rest are linear in both.
     """
     c, t = model_config, config.seq_len
     unit, whole_round = min(c.clocks, default=t), max(c.clocks, default=t)
     period, rounds = len(c.pattern), t / whole_round
-
-    def count(periods: int, n: float) -> Cost:
-        layers, length = periods * period, round(n * whole_round)
-        print(f"counting a step of {layers} layers and {length} tokens without numbers ...", file=sys.stderr)
-        return rehearse(replace(c, n_layer=layers), config, rows, length, dtype)
-
     if t / unit * c.n_layer <= 16:
         return rehearse(c, config, rows, t, dtype)
-    terms, points = lambda p, n: [1, p], [(1, rounds), (2, rounds)]
+    points, bends = [(1, rounds), (2, rounds)], None
     if rounds > 4 and all(c.layer(i).depth for i in range(period)):
-        terms = lambda p, n: [1, p, n, p * n, p * (n == 1)]
-        points = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+        points, bends = [(1, 1), (1, 2), (1, 3), (2, 1)], lambda n: n == 1
     elif rounds > 4:  # attention
-        terms = lambda p, n: [1, p, n, p * n, n * n, p * n * n]
-        points = [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4)]
-    as_rows = lambda points: torch.tensor([terms(*point) for point in points], dtype=torch.float64)
-    counted = torch.tensor([count(*point) for point in points], dtype=torch.float64)
-    return Cost(*(as_rows([(c.n_layer / period, rounds)]) @ torch.linalg.solve(as_rows(points), counted))[0].tolist())
+        points, bends = [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3)], lambda n: n * n
+    counted = []
+    for p, n in points:
+        layers, tokens = p * period, round(n * whole_round)
+        print(f"counting a step of {layers} layers and {tokens} tokens without numbers ...", file=sys.stderr)
+        counted.append(rehearse(replace(c, n_layer=layers), config, rows, tokens, dtype))
+
+    def extended(numbers: list[float], terms: Callable[[float, float], list[float]]) -> float:
+        as_rows = lambda points: torch.tensor([terms(*point) for point in points], dtype=torch.float64)
+        weights = torch.linalg.lstsq(as_rows(points), torch.tensor(numbers, dtype=torch.float64)[:, None]).solution
+        return (as_rows([(c.n_layer / period, rounds)]) @ weights).item()
+
+    def terms_of(part: str, number: str) -> Callable[[float, float], list[float]]:
+        if bends is None:
+            return lambda p, n: [1, p]
+        if part == "the rest":
+            return lambda p, n: [1, n, p]
+        # What is computed once a round, not for every layer: gradients for the CMS do not reach below the first one.
+        # What is kept once: what the layer keeps for a moment that is at work when most is kept.
+        if number == "peak":
+            return lambda p, n: [1, p, p * n, p * bends(n)]
+        return lambda p, n: [n, p, p * n, p * bends(n)] + [n * n] * (len(points) > 4)
+
+    whole = {}
+    for part in Meter.PARTS:
+        numbers = zip(Cost._fields, zip(*(one[part] for one in counted)))
+        whole[part] = Cost(*(extended(found, terms_of(part, number)) for number, found in numbers))
+    return whole
+
+
+def step_cost(model_config: HopeConfig, config: TrainConfig, make_optimizers: Callable) -> Cost:
+    """What clipping the gradients and the optimizers' step take, extended from two thin models."""
+
+    device = Device.known()
+
+    def count(periods: int) -> Cost:
+        with FakeTensorMode():
+            model = Hope(replace(model_config, n_layer=periods * len(model_config.pattern)))
+            optimizers = make_optimizers(model, config)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            if config.optimizer == "dgd":  # which takes in what the layers are given
+                tokens = torch.zeros(1, 2, dtype=torch.long)
+                model.observe(tokens, tokens, backward=True)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups if "foreach" in group):
+                group["foreach"] = not device.alone  # on GPUs torch's optimizers take all weights at once
+            for _ in range(2):  # the first one makes the state
+                with Meter(device) as meter:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+                    for optimizer in optimizers:
+                        optimizer.step()
+        return meter.parts["the rest"]
+
+    one, two = torch.tensor([count(1), count(2)], dtype=torch.float64)
+    return Cost(*(one + (model_config.n_layer / len(model_config.pattern) - 1) * (two - one)).tolist())
 
 
 def foreseen_vocabulary(config: TrainConfig) -> int:
@@ -180,7 +312,7 @@ def foreseen_vocabulary(config: TrainConfig) -> int:
     return asked_size(name) if name.startswith("train:") else make_tokenizer(name, tuple).vocab_size
 
 
-def print_plan(config: TrainConfig, model_config: HopeConfig, command: Command) -> None:
+def print_plan(config: TrainConfig, model_config: HopeConfig, command: Command, make_optimizers: Callable) -> None:
     """Print what a run takes: memory of a GPU by part, operations, days. Allocates no model."""
     gpus, device = command.gpus, Device.known()
     on = f"{gpus} GPU{'s' * (gpus > 1)}"
@@ -198,7 +330,7 @@ def print_plan(config: TrainConfig, model_config: HopeConfig, command: Command) 
     dtype = torch.float32 if config.precision == "float32" else torch.bfloat16
     share = config.batch_size // gpus
     rows = min(share, config.micro_batch or share)
-    cost = forecast(model_config, config, rows, dtype)
+    cost = total(forecast(model_config, config, rows, dtype).values())
     peak, state = cost.peak, cost.state
     slow = sum(p.numel() for group in hope.slow_groups(model, config.seq_len) for p in group["params"])
     kept = KEPT[config.optimizer] * matrix + KEPT["adamw"] * (size - matrix) + slow + bool(config.ema) * size
@@ -222,29 +354,32 @@ def print_plan(config: TrainConfig, model_config: HopeConfig, command: Command) 
     step = config.batch_size * config.seq_len
     tokens, flops = command.tokens or config.steps * step, (cost.float32 + cost.bfloat16) / (rows * config.seq_len)
     print(f"\n{flops:.3g} operations a token, {flops / 6 / size:.2f} x 6 per parameter; {tokens:.3g} tokens are {tokens / step:,.0f} steps")  # fmt: skip
-    print_time(cost, device, rows * config.seq_len, gpus, tokens)
-
-
-def print_time(cost: Cost, device: Device, micro_batch: int, gpus: int, tokens: float) -> None:
-    """How long a micro-batch of so many tokens takes, what takes longest in it, and the days that `tokens` take.
-
-    While the device works, the processor gives it what comes next, so that the longer of the two counts. Optimizers
-    and what processes exchange once a step are left out.
-    """
-    arithmetic = cost.float32 / device.float32 + cost.bfloat16 / device.bfloat16
-    terms = {
-        "launches": (cost.launches * device.launch, f"{cost.launches:,.0f} of {1e6 * device.launch:.3g} us"),
-        "bytes": (cost.moved / device.bandwidth, f"{cost.moved:.3g} at {device.bandwidth:.3g} a second"),
-        "arithmetic": (arithmetic, f"{cost.float32:.3g} in float32 at {device.float32:.3g} a second, "
-                                   f"{cost.bfloat16:.3g} in bfloat16 at {device.bfloat16:.3g}"),
-    }  # fmt: skip
-    seconds = max(cost.launches * device.launch, cost.busy)
-    work = max(("bytes", "arithmetic"), key=lambda name: terms[name][0])
-    binding = work if cost.busy > terms["launches"][0] else "launches"
-    known = "measured" if device.measured else "assumed; tests/bench/gpu.json may hold what was measured"
-    print(f"\na micro-batch of {micro_batch:,} tokens on a {device.name} ({known})")
-    for name, (term, how) in terms.items():
-        print(f"  {name:<12}{term:>9.3g} s  {how}{'  <- what takes longest' if name == binding else ''}")
-    print(f"  {'work':<12}{cost.busy:>9.3g} s  operation by operation, each the larger of bytes and arithmetic, at least {1e6 * device.least:.3g} us")  # fmt: skip
-    speed, used = gpus * micro_batch / seconds, (cost.float32 + cost.bfloat16) / seconds / device.bfloat16
+    print_time(cost, device, rows * config.seq_len)
+    update = step_cost(model_config, config, make_optimizers)
+    seconds = -(-share // rows) * cost.seconds(device) + update.seconds(device)
+    speed, used = step / seconds, flops * step / gpus / seconds / device.bfloat16
+    print(
+        f"an optimizer's step: {update.launches:,.0f} launches, {update.moved:.3g} bytes, {update.seconds(device):.3g} s"
+    )
     print(f"{gpus} x {device.name}: {speed:,.0f} tokens/s, {used:.1%} of the rate in bfloat16, {tokens / speed / 86400:.3g} days")  # fmt: skip
+
+
+def print_time(cost: Cost, device: Device, micro_batch: int) -> None:
+    """How long a micro-batch of so many tokens takes, and what takes longest in it: to give the device its operations, or
+    these themselves. What processes exchange once a step is left out."""
+    known = "measured" if device.measured else "assumed; tests/bench/gpu.json may hold what was measured"
+    parts = {
+        "bytes": (cost.by_bytes, f"of {cost.moved:.3g} at {device.bandwidth:.3g} a second"),
+        "arithmetic": (cost.by_arithmetic, f"of {cost.float32:.3g} in float32 at {device.float32:.3g} a second, "
+                                           f"{cost.bfloat16:.3g} in bfloat16 at {device.bfloat16:.3g}"),
+        "least": (cost.by_least, f"for operations too small for either to count, {1e6 * device.least:.3g} us each"),
+    }  # fmt: skip
+    views = f", {cost.views:,.0f} views of {1e6 * device.view:.3g} us" if device.view else ""
+    given = f"{cost.launches:,.0f} of {1e6 * device.launch:.3g} us{views}"
+    work = "operation by operation, the larger of bytes and arithmetic:"
+    mark = "  <- what takes longest"
+    print(f"\na micro-batch of {micro_batch:,} tokens on a {device.name} ({known})")
+    print(f"  {'launches':<13}{cost.given(device):>9.3g} s  {given}{mark * (cost.given(device) > cost.work())}")
+    print(f"  {'work':<13}{cost.work():>9.3g} s  {work}{mark * (cost.given(device) <= cost.work())}")
+    for name, (seconds, how) in parts.items():
+        print(f"    {name:<11}{seconds:>9.3g} s  {how}")

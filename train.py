@@ -103,8 +103,9 @@ class TrainConfig:
     arch: Literal[tuple(HopeConfig.ARCHS)] = setting("hope", "architecture")
     data: str = setting(
         "pydoc",
-        "pydoc, shipped with Python; fineweb-edu, wikitext-103, tinystories; hf:NAME from the hub; files "
-        "and patterns with commas between: UTF-8, .jsonl, .parquet, .gz, .zst; what --prepare made; "
+        "pydoc, shipped with Python; fineweb-edu, pg19, wikitext-103, tinystories; hf:NAME from the hub; files "
+        "and patterns with commas between: UTF-8, .jsonl, .parquet, .gz, .zst; what --prepare made; several of these by "
+        "share of tokens: NAME@0.8,NAME@0.2; "
         "task:NAME,OPTION=VALUE,... of tasks.py",
     )
     data_config: str = setting("", "config of a data set of the hub, where it has several")
@@ -117,6 +118,11 @@ class TrainConfig:
     )
     held_out: float = setting(
         0.0, "part of the documents that is held out; 0: a tenth, less of the named data sets", least=0, below=1
+    )
+    min_chars: int = setting(0, "leave out documents with fewer characters", least=0)
+    max_chars: int = setting(0, "leave out documents with more characters; 0: none", least=0)
+    deduplicate: bool = setting(
+        False, "leave out documents whose text came before in the same source; takes 100 bytes of memory for each"
     )
     reset_at_documents: bool = setting(False, "a row holds one document, or a part: memories see no other one")
     data_dir: str = setting("data", "where prepared data is kept")
@@ -175,6 +181,8 @@ class TrainConfig:
         check_settings(self)
         if 0 < self.spike <= 1:
             raise ValueError(f"spike is {self.spike}; it must be a factor above 1, or 0 to skip no finite step")
+        if 0 < self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars is {self.max_chars}; it must be at least min_chars, {self.min_chars}")
         if task := task_of(self.data):
             if self.seq_len != task.length:
                 rows = f"rows of {self.data} have {task.length} tokens"
@@ -289,6 +297,7 @@ def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, dict[str, str]]:
 FREE = {
     "out", "device", "keep", "eval_every", "save_every", "data_dir", "verify_data", "tracker", "peak_tflops",
     "parallel", "nodes", "micro_batch", "recompute", "compile", "max_skips",
+    "min_chars", "max_chars", "deduplicate",  # data_sha256 says whether they changed anything
 }  # fmt: skip
 
 
@@ -1220,7 +1229,7 @@ def run_command(args: argparse.Namespace) -> int:
     elif command.export:
         export(Path(command.export), args.device)
     elif command.plan:
-        plan.print_plan(*configs(args), command)
+        plan.print_plan(*configs(args), command, make_optimizers)
     elif command.prepare:
         print(Corpus.open(configs(args)[0]))
     else:

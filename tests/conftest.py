@@ -6,6 +6,14 @@ import hope
 torch.set_num_threads(1)  # tensors here are small, and pytest runs several processes
 
 
+def pytest_addoption(parser, pluginmanager):
+    """Where there is no pytest-xdist or nbval, as on a machine that was rented for its GPU, the options that pyproject.toml
+    gives them mean nothing."""
+    for plugin, names in (("xdist", ("-n", "--dist")), ("nbval", ("--nbval-cell-timeout",))):
+        for name in names if not pluginmanager.hasplugin(plugin) else ():
+            parser.getgroup("absent")._addoption(name)
+
+
 def random_model(config: hope.HopeConfig, seed: int = 0) -> hope.Hope:
     """A model in float64 whose every parameter is away from its start value, so that no path is switched off."""
     torch.manual_seed(seed)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from data import (
     batches,
     cut_runs,
     make_tokenizer,
+    place_in_mixture,
     prepare,
     read_signed,
     scramble,
@@ -385,9 +387,12 @@ def test_documents_longer_than_a_batch_lose_nothing(small):
     assert "".join(texts_of(corpus, "training") + texts_of(corpus, "held_out")) == text
 
 
+@pytest.mark.parametrize("filters", [{}, dict(min_chars=150, deduplicate=True)], ids=["all", "filtered"])
 @pytest.mark.parametrize("data", ["docs.jsonl", "texts/*.txt", "hf:", "pydoc"])
-def test_preparation_that_stops_anywhere_goes_on_to_the_same_tokens(jsonl, small, monkeypatch, data):
+def test_preparation_that_stops_anywhere_goes_on_to_the_same_tokens(jsonl, small, monkeypatch, data, filters):
     os.makedirs("texts")
+    if filters:  # every document twice
+        Path("docs.jsonl").write_text(Path("docs.jsonl").read_text() * 2)
     for i in range(5):
         Path(f"texts/{i}.txt").write_text("".join(jsonl[60 * i : 60 * i + 60]))
     if data == "hf:":
@@ -398,7 +403,7 @@ def test_preparation_that_stops_anywhere_goes_on_to_the_same_tokens(jsonl, small
     if data == "pydoc":
         monkeypatch.setattr("data.BATCH", 20000)
     tokenizer = "train:400"
-    whole, manifest, _ = prepare(config(data, data_dir="whole", tokenizer=tokenizer))
+    whole, manifest, _ = prepare(config(data, data_dir="whole", tokenizer=tokenizer, **filters))
     write, stops = write_atomically, iter(range(999))
 
     def stopping(path, content):
@@ -412,12 +417,133 @@ def test_preparation_that_stops_anywhere_goes_on_to_the_same_tokens(jsonl, small
     monkeypatch.setattr("data.write_atomically", stopping)
     for _ in range(999):
         try:
-            cut, again, _ = prepare(config(data, data_dir="cut", tokenizer=tokenizer))
+            cut, again, _ = prepare(config(data, data_dir="cut", tokenizer=tokenizer, **filters))
             break
         except KeyboardInterrupt:
             pass
-    assert next(stops) > 10 and again["sha256s"] == manifest["sha256s"]
+    assert next(stops) >= 10 and again["sha256s"] == manifest["sha256s"] and again["left_out"] == manifest["left_out"]
     assert all((cut / file).read_bytes() == (whole / file).read_bytes() for file in FILES)
+
+
+def test_filters_leave_documents_out_and_say_how_many(jsonl, small, capsys):
+    texts = [*jsonl, *jsonl[:7], *jsonl[:3], "short", "long " * 300]
+    Path("docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    filters = dict(min_chars=10, max_chars=1000, deduplicate=True)
+    folder, manifest, _ = prepare(config(**filters))
+    assert manifest["left_out"] == {"min_chars": 1, "max_chars": 1, "deduplicate": 10}
+    said = capsys.readouterr().out
+    assert "10 documents were left out as seen before (--deduplicate)" in said
+    assert "1 documents were left out as too short (--min-chars)" in said
+    found = [text for split in ("training", "held_out") for text in texts_of(Corpus.open(config(**filters)), split)]
+    assert sorted(found) == sorted(jsonl)
+    assert sorted(path.name for path in folder.iterdir() if "hashes" in path.name) == []
+    assert prepare(config())[0] != folder  # which has all of them
+    assert prepare(config(str(folder), **filters))[0] == prepare(config(str(folder)))[0] == folder
+    with pytest.raises(UserError, match="prepared with other filters; leave out min_chars"):
+        prepare(config(str(folder), min_chars=20))
+    with pytest.raises(ValueError, match="max_chars is 5; it must be at least min_chars, 10"):
+        config(min_chars=10, max_chars=5)
+
+
+def test_a_filter_sees_whole_documents(small):
+    """A text file comes in pieces of a thousand characters."""
+    for name, size in (("a", 2500), ("b", 2500), ("c", 3500), ("d", 900)):
+        Path(f"{name}.txt").write_text("".join(documents(90, seed=1))[:size])
+    pieces = [*Source(config("*.txt", min_chars=1000, max_chars=3000, deduplicate=True))]
+    assert [len(piece.text) for piece in pieces] == [2500] and pieces[0].begins
+
+
+SHARES = [[8, 2], [1, 1], [999, 1], [6, 3, 1], [1, 1, 1], [5, 4, 3, 2, 1]]
+
+
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_a_mixture_has_its_shares_from_the_first_row_on(shares):
+    parts = [Fraction(share, sum(shares)) for share in shares]
+    counts = [0] * len(shares)
+    for i in range(3000):
+        source, place = place_in_mixture(i, parts)
+        assert place == counts[source]  # every row of a source once, in turn
+        counts[source] += 1
+        off = max(abs(n - (i + 1) * share) for n, share in zip(counts, parts))
+        assert off < 1 if len(shares) == 2 else off < 2
+
+
+@pytest.fixture
+def two_sources():
+    """a.txt holds capitals only, b.txt small letters."""
+    g = random.Random(0)
+    for name, letters in (("a.txt", "ABCDEFGH"), ("b.txt", "abcdefgh")):
+        Path(name).write_text("".join(g.choices(letters, k=6000)))
+
+
+def test_a_mixture_reads_its_sources_by_share_whoever_asks(two_sources):
+    mixed = Corpus.open(config("a.txt@0.75,b.txt@0.25", batch_size=8))
+    kinds = []
+    for step in range(40):
+        x, y = mixed.batch(step, range(8))
+        assert (x[:, 1:] == y[:, :-1]).all()
+        halves = [mixed.batch(step, range(i, i + 4))[0] for i in (0, 4)]  # of two processes
+        assert torch.equal(torch.cat(halves), x)
+        kinds += [bytes(row.tolist()).replace(b"\0", b"").isupper() for row in x]
+    assert abs(sum(kinds) - 0.75 * len(kinds)) < 1
+    assert all(bytes(row.tolist()).replace(b"\0", b"").isalpha() for row in x)
+    # Each source in the order that it has alone, none twice before all were read.
+    alone = Corpus.open(config("a.txt", batch_size=1))
+    rows = [row for step in range(40) for row in mixed.batch(step, range(8))[0]]
+    capitals = [row for row, kind in zip(rows, kinds) if kind]
+    assert all(torch.equal(row, alone.batch(i, range(1))[0][0]) for i, row in enumerate(capitals))
+    x, _ = mixed.validation()
+    upper = sum(bytes(row.tolist()).replace(b"\0", b"").isupper() for row in x)
+    assert 0 < len(x) - upper < upper
+    assert "0.75 of the rows: " in str(mixed) and "0.25 of the rows: " in str(mixed)
+    assert mixed.sha256 != Corpus.open(config("a.txt@0.5,b.txt@0.5")).sha256
+
+
+def test_a_run_on_a_mixture_goes_on_as_if_it_had_not_stopped(two_sources):
+    command = (
+        "--data a.txt@3/4,b.txt@1/4 --seq-len 32 --batch-size 4 --arch transformer++ --d-model 16 --n-head 2".split()
+    )
+    command += "--eval-every 4 --save-every 2 --schedule wsd --warmup 0 --decay-part 0".split()
+    assert train.main([*command, "--out", "whole", "--steps", "4"]) == 0
+    assert train.main([*command, "--out", "cut", "--steps", "2"]) == 0
+    assert train.main(["--resume", "cut", "--steps", "4"]) == 0
+    losses = [[json.loads(line)["loss"] for line in Path(run, "log.jsonl").open()] for run in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_what_one_source_of_a_mixture_has_learnt_serves_all():
+    for name in ("a", "b"):
+        Path(f"{name}.txt").write_text("".join(documents(60, seed=ord(name))))
+    mixed = Corpus.open(config("b.txt@0.3,a.txt@0.7", tokenizer="train:300"))
+    alone = Corpus.open(config("a.txt", tokenizer="train:300"))
+    assert mixed.tokenizer.sha256 == alone.tokenizer.sha256  # of the larger share
+    folders = ",".join(f"{source.name}@{share}" for source, share in zip(mixed.sources, mixed.shares))
+    assert torch.equal(Corpus.open(config(folders)).batch(3, range(4))[0], mixed.batch(3, range(4))[0])
+    other = prepare(config("b.txt"))[0]
+    with pytest.raises(UserError, match="prepared with different tokenizers; prepare them with one"):
+        Corpus.open(config(f"{mixed.sources[0].name}@0.5,{other}@0.5"))
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("a.txt@0.8,b.txt@0.3", "the shares are 0.8 + 0.3; give every source a share, together 1"),
+        ("a.txt@1.2,b.txt@-0.2", "the shares are 1.2 + -0.2; give"),
+        ("a.txt@1,b.txt@0", r"the shares are 1 \+ 0; give"),
+        ("a.txt@0.8,b.txt", "b.txt has no share; give every source a share"),
+        ("a.txt@0.5,a.txt@0.5", "a source is named twice"),
+        ("a.txt@0.5,b.txt@1/0", "a share is no number"),
+        ("a.txt@0.5,c.txt@0.5", "--data c.txt: no such file"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(two_sources, data, message):
+    with pytest.raises(UserError, match=message.replace(" + ", r" \+ ")):
+        Corpus.open(config(data))
+
+
+def test_a_name_with_an_at_sign_is_a_name():
+    Path("me@home.txt").write_text("some text " * 99)
+    assert len(Corpus.open(config("me@home.txt")).training) > 0
 
 
 def test_what_the_hubs_libraries_retry_is_no_news(caplog):

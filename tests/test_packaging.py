@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -83,3 +84,10 @@ def test_readme_begins_with_the_two_commands():
         < text.index('`pip install -e ".[test]" && pytest --nbval`')
         < 1000
     )
+
+
+def test_the_kernels_tests_start_where_only_pytest_is_installed():
+    """With the options of pyproject.toml, but without the plugins that these are for."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:nbval", "--collect-only", "-q", "-m", "gpu"]
+    found = subprocess.run([*command, "tests/test_triton.py"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0 and "test_gates_of_exactly_zero_and_one" in found.stdout, found.stderr[-2000:]

@@ -1,12 +1,16 @@
-"""The Triton kernels without a GPU: machine code for every target, what it takes of a GPU, and how fast it can be.
+"""The Triton kernels without a GPU: machine code for every target, what it takes of a GPU, and how fast it can be; what a
+step takes, by parts of a layer; and on a GPU, what is so (--measure, see measure.py).
 
     python tests/bench/gpu.py [--targets sm_75,sm_80,sm_90,sm_100,gfx942] [--sizes tiny,760m] [--arch hope]
         [--kernels chunk,memory_scan,symmetric] [--out DIR] [--gpu]
+    python tests/bench/gpu.py --counts [--sizes 760m] [--arch hope]
+    python tests/bench/gpu.py --measure [--dry] [--groups rates,kernels,...] [--out DIR]
 
 Compiles every kernel at the shapes that every `--size` has and prints two tables: registers, bytes of stack that a
 thread spills to, shared memory and estimated occupancy of each; and bytes, FLOPs, their ratio and the least time on an
 A100 and an H100. With --out they are also written to DIR as kernels.json. With --gpu the kernels run and are timed beside
-the reference. Needs triton, and TRITON_INTERPRET unset.
+the reference. Needs triton, and TRITON_INTERPRET unset. With --counts it prints instead, for every size, how many launches,
+bytes and operations a token takes in training, by part of the model (4,096 tokens, micro-batch 8, --truncate).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -248,7 +253,26 @@ def timings(layers: dict[str, hope.MemoryConfig], batch=8, tokens=2048, device="
     return rows
 
 
+def counts(sizes: list[str], arch: str, tokens: int = 4096, batch: int = 8) -> list[dict]:
+    """Launches, bytes and operations of a training step, forward and backward, a token, by part of the model."""
+    import plan
+    import train
+
+    rows = []
+    for size in sizes:
+        config = train.TrainConfig(size=size, arch=arch, seq_len=tokens, batch_size=batch, truncate=True)
+        parts = plan.forecast(hope.HopeConfig.preset(size, arch), config, batch, torch.bfloat16)
+        for part, cost in (parts | {"all": plan.total(parts.values())}).items():
+            row = dict(size=size, part=part, launches=cost.launches, MB=cost.moved / 1e6)
+            row |= {"MFLOP float32": cost.float32 / 1e6, "MFLOP bfloat16": cost.bfloat16 / 1e6}
+            rows.append({k: v if isinstance(v, str) else v / (tokens * batch) for k, v in row.items()})
+            print_row(rows[-1], tuple(rows[-1]))
+    return rows
+
+
 def main() -> None:
+    import measure  # which stands beside this file
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--sizes", default=",".join(hope.HopeConfig.SIZES))
@@ -256,11 +280,27 @@ def main() -> None:
     parser.add_argument("--kernels", default="", help="beginnings of their names, with commas; all if left out")
     parser.add_argument("--out", type=Path, help="directory for kernels.json")
     parser.add_argument("--gpu", action="store_true", help="run and time the kernels too; needs a GPU")
+    parser.add_argument("--counts", action="store_true", help="print what a token takes in training instead")
+    parser.add_argument("--measure", action="store_true", help="measure the GPU instead, for train.py --plan")
+    parser.add_argument("--dry", action="store_true", help="measure: everything tiny, on a CPU")
+    parser.add_argument("--groups", default=",".join(measure.GROUPS), help="measure: these of its groups")
     args = parser.parse_args()
+    if args.measure:
+        groups = args.groups.split(",")
+        if unknown := set(groups) - set(measure.GROUPS):
+            parser.error(f"--groups: {', '.join(sorted(unknown))} is not known; allowed: {', '.join(measure.GROUPS)}")
+        if not args.dry and not torch.cuda.is_available():
+            parser.error("--measure: torch sees no GPU here; --dry tries it on a CPU")
+        if args.dry and not args.out:
+            parser.error("--dry: say by --out where gpu.json goes, which --plan is not to take for a GPU's")
+        sys.exit(measure.measure(args.dry, args.out or Path(__file__).parent, groups) > 0)
     targets, sizes = args.targets.split(","), args.sizes.split(",")
     for given, allowed, what in ((targets, TARGETS, "--targets"), (sizes, hope.HopeConfig.SIZES, "--sizes")):
         if unknown := set(given) - set(allowed):
             parser.error(f"{what}: {', '.join(sorted(unknown))} is not known; allowed: {', '.join(allowed)}")
+    if args.counts:
+        counts(sizes, args.arch)
+        return
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: torch sees no GPU here; leave it out")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
