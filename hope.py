@@ -1043,8 +1043,40 @@ class FastLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def make_norm(config: HopeConfig) -> nn.Module:
-    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm](config.memory.d_model, eps=config.norm_eps)
+class BoundedGain(torch.autograd.Function):
+    """x (..., d) as it is, for a norm in front of a branch; where the mean square of x is below the norm's eps, its
+    gradient is scaled down by their ratio.
+
+    There a norm only multiplies, by eps^(-1/2). Tokens that are 0, with nothing else in front of them, are 0 in every
+    block, so that in going back the factors of all norms would multiply: 1e13 in two blocks, infinity in eight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.eps = eps
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        size = ctx.saved_tensors[0].detach().square().mean(-1, keepdim=True)
+        return gradient * (size / ctx.eps).clamp(max=1), None
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(BoundedGain.apply(x, self.eps))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(BoundedGain.apply(x, self.eps))
+
+
+def make_norm(config: HopeConfig, last: bool = False) -> nn.Module:
+    """In front of a branch of a block, or the last one: by its gain, what is 0 still learns, through no branch."""
+    kinds = {"rms": nn.RMSNorm, "layer": nn.LayerNorm} if last else {"rms": RMSNorm, "layer": LayerNorm}
+    return kinds[config.norm](config.memory.d_model, eps=config.norm_eps)
 
 
 class MLP(nn.Module):
@@ -1238,7 +1270,7 @@ class Hope(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, d)
         self.embed_position = nn.Embedding(config.n_position, d) if config.n_position else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.norm = make_norm(config)
+        self.norm = make_norm(config, last=True)
         self.head = None if config.tied else nn.Linear(d, config.vocab_size, bias=False)
         for name, module in self.named_modules():
             if type(module) in (nn.Linear, FastLinear):

@@ -278,6 +278,24 @@ def test_gradients_do_not_grow_with_the_stream(arch, t):
     assert gradient_norm(arch, t) < 2 * gradient_norm(arch, 256)
 
 
+@pytest.mark.parametrize(
+    "arch, norm", [*((arch, "rms") for arch in hope.HopeConfig.ARCHS), ("hope", "layer"), ("transformer++", "layer")]
+)
+def test_tokens_that_are_zero_have_gradients_as_others_have(arch, norm):
+    """Where they begin a stream they are 0 in every block: the gains of all norms near 0 do not multiply."""
+    torch.manual_seed(0)
+    model, x = hope.Hope(small_config(arch, d_model=32, n_layer=8, norm=norm)), tokens(2, 17)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    x[:, :8] = 0
+    for size in (1e-6, 0.0):
+        with torch.no_grad():
+            model.embed.weight[0] *= size
+        model.zero_grad()
+        model.observe(x[:, :-1], x[:, 1:], backward=True)
+        assert sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None) < 100**2
+        assert model.embed.weight.grad[0].any()
+
+
 @pytest.mark.parametrize("arch", ["hope", "hope-attention", "transformer++"])
 def test_generate_continues_what_the_model_predicts(arch):
     model, prompt = random_model(small_config(arch)), tokens(2, 9)
