@@ -224,7 +224,7 @@ class Reader:
 
     def anew(self, state: HopeState) -> HopeState:
         """Memories as before the first token; only the CMS keeps what it has learnt."""
-        return self.model.restart(state, **self.lesson)
+        return self.model.restart(state)
 
     def pieces(self, tokens: Tensor, targets: Tensor | None, state: HopeState) -> Iterator[tuple[Tensor, HopeState]]:
         """Read tokens (b, t); of each piece the logits (b, p, vocab), and the state after it.

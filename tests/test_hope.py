@@ -218,6 +218,25 @@ def test_forward_after_observe_keeps_the_open_segment():
     assert state.cms[0][0].delta[0].abs().sum() > 0 and state.observed == 4
 
 
+def test_the_choice_of_levels_holds_however_the_stream_goes_on():
+    """What was chosen when a segment was observed is what learns from it, whatever comes before its chunk ends."""
+    model, x, y = random_model(small_config()), tokens(2, 5), tokens(2, 5, seed=1)
+
+    def learnt(**chosen):
+        _, begun = model.observe(x[:, :4], y[:, :4], **chosen)
+        read, anew = model(x[:, 4:], begun)[1], model.restart(begun)
+        _, otherwise = model.observe(x[:, 4:], y[:, 4:], begun, levels=[])
+        for state in (read, anew, otherwise):
+            assert_states_equal([f and f.total for f in state.cms[1]], [f and f.total for f in read.cms[1]])
+        return [f.total[0] for f in read.cms[1] if f]
+
+    fast, slow = learnt()
+    assert fast.any() and torch.equal(slow, learnt(levels=[1])[1]) and torch.equal(fast, learnt(levels=(0,))[0])
+    assert not any(
+        z.any() for z in [learnt(levels=[1])[0], learnt(levels=[0])[1], *learnt(levels=[]), *learnt(surprise=9.0)]
+    )
+
+
 def test_ignored_targets_teach_nothing():
     model, x = random_model(small_config()), tokens(2, 6)
     loss, state = model.observe(x, torch.full_like(x, -100))
