@@ -46,7 +46,7 @@ import hope
 import report
 import tasks
 import train
-from data import Corpus, PretrainedTokenizer, Source, UserError, explained, fingerprint
+from data import Corpus, PretrainedTokenizer, Source, UserError, explained, fingerprint, try_hub
 from hope import INF, Hope, HopeState, check_settings, setting
 from train import TrainConfig
 
@@ -157,6 +157,8 @@ class Subject:
         else:
             fix = "give a run or an export of train.py, or the name or folder of a pre-trained model"
             with explained(f"{path} cannot be loaded", fix, Exception):
+                if not folder.is_dir():
+                    try_hub()
                 named = {"gguf_file": options.gguf_file} if options.gguf_file else {}
                 model = hope.from_pretrained(path, cms=options.cms, cms_rate=options.cms_rate, **named)
                 import transformers  # without which the line before says how to get it
