@@ -97,7 +97,7 @@ def measure(model: Model, manager: TaskManager, name: str, **how: Any) -> list[t
     try:
         loaded = manager.load([name])
     except Exception as e:  # of its many libraries
-        named = re.search(r"'([^']+/[^']+)'", str(e))
+        named = re.search(r"'([\w.-]+/[\w.-]+)'", str(e))
         what = f"the data set {named[1]}" if named else "its data or a package"
         fix = "with a network it is downloaded once and then kept; a folder of that name is read instead"
         raise UserError(f"{name} needs {what}, which cannot be loaded ({reason(e)}); {fix}") from e

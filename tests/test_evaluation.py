@@ -525,17 +525,22 @@ def test_babilong_reads_contexts_of_the_length_that_is_asked_for(run, copy_of, h
     assert (row["task"], row["metric"], row["value"], row["n"]) == ("babilong_qa1@4k", "acc", 0.5, 2)
 
 
-def test_data_that_is_not_there_is_named(run, copy_of, local_tasks, monkeypatch, capsys):
+@pytest.mark.parametrize("error, named", [
+    (ConnectionError("Couldn't reach 'baber/piqa' on the Hub"), "the data set baber/piqa, "),
+    (LookupError("Resource 'punkt_tab' not found.\n Searched in:\n - '/root/nltk_data'\n - '/usr/nltk_data'"), "'punkt_tab' not"),
+])  # fmt: skip
+def test_data_that_is_not_there_is_named(error, named, run, copy_of, local_tasks, monkeypatch, capsys):
     import harness
 
     def offline(self, names):
-        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
+        raise error
 
     monkeypatch.setattr(harness.TaskManager, "load", offline)
     flags = ("--include-path", local_tasks, "--tasks", "local_piqa", "position,length=64", "--limit", 1)
     assert evaluate(copy_of(run), *flags, code=2)  # the others are measured
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation.py")]
-    assert len(err) == 1 and "local_piqa needs the data set baber/piqa" in err[0] and "network" in err[0]
+    assert len(err) == 1 and "local_piqa needs" in err[0] and named in err[0] and "network" in err[0]
+    assert "data set /" not in err[0]
 
 
 @pytest.mark.parametrize("asked", ["set", "harness", "model", "text"])
