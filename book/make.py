@@ -43,6 +43,18 @@ How a text is written (tests/test_book.py holds it to this):
 
   A claim of the paper about an experiment that we could not repeat is no erratum. Its status is `not reproduced`, its
   block has the title `Not reproduced: ...`, the class `claim`, and the fields Claimed, Tried, Found, Size, What would settle it.
+
+- A figure, a table or a main claim of the paper that a chapter's experiment speaks to is declared like a check, with the label in
+  the text before the section that shows it. Appendix C is made from these, so each line must read well alone:
+
+      checks:
+        table-5:
+          partly: Hope counts on four languages of six     # or reproduced: / not reproduced: / not run here:
+          paper: 100% in both length bins of all six
+          ours: 99.8 on parity, 12.5 on shuffle-2          # numbers with a decimal point must be printed by this cell
+          seeds: 0 to 2
+          command: python book/runs/formal.py
+          perturb: worst > 95 => worst < 95                # none for what was not run here
 """
 
 from __future__ import annotations
@@ -89,6 +101,9 @@ if os.path.isdir("nested-learning/book"):
     os.chdir("nested-learning/book")"""
 LABEL = r"(?:eq|def|alg|sec)-\d+(?:-\d+)*(?:-[a-z]+)*"
 STATUSES = ("holds", "definition", "erratum", "not reproduced")
+ITEMS = [f"fig-{n}" for n in (4, 6, 7, 8, 9, 10, 11, 12)] + [f"table-{n}" for n in range(1, 7)]  # of the scorecard
+ITEMS += [f"claim-{n}" for n in range(1, 5)]
+OUTCOMES = ("reproduced", "partly", "not reproduced", "not run here")
 FIELDS = {
     "erratum": ("Printed", "Why it cannot be meant", "Corrected", "Size", "Implemented as printed"),
     "not reproduced": ("Claimed", "Tried", "Found", "Size", "What would settle it"),
@@ -121,7 +136,7 @@ def spoken(label: str) -> str:
     kind, number, rest = re.fullmatch(r"([a-z]+)-([\d-]*\d)-?(.*)", label).groups()
     if kind == "eq":
         return f"({number})"
-    name = {"def": "Definition", "alg": "Algorithm", "sec": "Section"}[kind]
+    name = {"def": "Definition", "alg": "Algorithm", "sec": "Section", "fig": "Figure"}.get(kind, kind.capitalize())
     return f"{name} {number.replace('-', '.')}" + (f", {rest}" if rest else "")
 
 
@@ -140,25 +155,67 @@ class Check:
     edits: tuple[tuple[str, str], ...]  # (old, new) in the cell's source
 
 
-def checks(text: Path) -> list[Check]:
-    """The checks that a text's cells declare. Raises Mistake for one that is declared wrongly."""
-    found, known = [], labels(text)
+def declarations(text: Path) -> Iterator[tuple[int, str, dict, str]]:
+    """What cells declare under `checks`: the cell's number, the label, what it says, the cell's source."""
     for i, cell in enumerate(jupytext.read(text).cells):
         for label, says in cell.metadata.get("checks", {}).items():
-            where = f"book/text/{text.name}: the check of {label}"
-            if label not in known:
-                raise Mistake(f"{where} has no equation; put the line ({label})= before it")
-            status = [s for s in STATUSES if s in says]
-            if len(status) != 1 or set(says) != {status[0], "perturb"}:
-                raise Mistake(f"{where} has {', '.join(says)}; give one of {', '.join(STATUSES)}, and perturb")
-            lines = [says["perturb"]] if isinstance(says["perturb"], str) else says["perturb"]
-            edits = [tuple(line.split(" => ")) for line in lines]
-            for line, edit in zip(lines, edits):
-                if len(edit) != 2 or edit[0] == edit[1] or cell.source.count(edit[0]) != 1:
-                    raise Mistake(f"{where}: {line!r} must be OLD => NEW, with OLD once in the cell")
-            if status[0] == "erratum" and len(edits) < 2:
-                raise Mistake(f"{where} is an erratum: perturb the corrected form, and the printed one")
-            found.append(Check(text, i, label, status[0], says[status[0]], tuple(edits)))
+            yield i, label, says, cell.source
+
+
+def edits(says: dict, source: str, where: str) -> tuple[tuple[str, str], ...]:
+    """The wrong claims of a check as (old, new). Raises Mistake for one that does not fit its cell."""
+    lines = [says["perturb"]] if isinstance(says["perturb"], str) else says["perturb"]
+    found = tuple(tuple(line.split(" => ")) for line in lines)
+    for line, edit in zip(lines, found):
+        if len(edit) != 2 or edit[0] == edit[1] or source.count(edit[0]) != 1:
+            raise Mistake(f"{where}: {line!r} must be OLD => NEW, with OLD once in the cell")
+    return found
+
+
+def checks(text: Path) -> list[Check]:
+    """The checks of equations that a text's cells declare. Raises Mistake for one that is declared wrongly."""
+    found, known = [], labels(text)
+    for i, label, says, source in declarations(text):
+        if label in ITEMS:
+            continue
+        where = f"book/text/{text.name}: the check of {label}"
+        if label not in known:
+            raise Mistake(f"{where} has no equation; put the line ({label})= before it")
+        status = [s for s in STATUSES if s in says]
+        if len(status) != 1 or set(says) != {status[0], "perturb"}:
+            raise Mistake(f"{where} has {', '.join(says)}; give one of {', '.join(STATUSES)}, and perturb")
+        check = Check(text, i, label, status[0], says[status[0]], edits(says, source, where))
+        if check.status == "erratum" and len(check.edits) < 2:
+            raise Mistake(f"{where} is an erratum: perturb the corrected form, and the printed one")
+        found.append(check)
+    return found
+
+
+@dataclass(frozen=True)
+class Score(Check):
+    paper: str
+    ours: str
+    seeds: str
+    command: str
+
+
+def scores(text: Path) -> list[Score]:
+    """What a text has to say about figures, tables and claims of the paper. Raises Mistake for a wrong declaration."""
+    found, fields = [], ("paper", "ours", "seeds", "command")
+    for i, label, says, source in declarations(text):
+        if label not in ITEMS:
+            continue
+        where = f"book/text/{text.name}: the result for {label}"
+        if f"({label})=" not in text.read_text().splitlines():
+            raise Mistake(f"{where} has no place to link to; put the line ({label})= before its section")
+        status = [s for s in OUTCOMES if s in says]
+        wanted = {*status, *fields} | ({"perturb"} - {"perturb" for s in status if s == "not run here"})
+        if len(status) != 1 or set(says) != wanted:
+            raise Mistake(
+                f"{where} has {', '.join(says)}; give one of {', '.join(OUTCOMES)}, and {', '.join(fields)}, perturb"
+            )
+        tried = edits(says, source, where) if "perturb" in says else ()
+        found.append(Score(text, i, label, status[0], says[status[0]], tried, *(str(says[f]) for f in fields)))
     return found
 
 
@@ -277,7 +334,25 @@ def all_errata() -> str:
     return "\n\n".join(parts)
 
 
-COLLECTED = {"contents": contents, "equations": equations, "errata": all_errata}
+def scorecard() -> str:
+    """A table of every item with its status, then what the paper shows and what was found, one by one."""
+    found = {score.label: score for text in chapters() for score in scores(text)}
+    ordered = [found[label] for label in ITEMS if label in found]
+    count = [f"{sum(s.status == o for s in ordered)} {o}" for o in OUTCOMES]
+    total = f"Of {len(ordered)} items, {', '.join(count)}."
+    rows = [total, "", "| item | chapter | status | in short |", "|---|---|---|---|"]
+    rows += [
+        f"| [{spoken(s.label)}](#{s.label}) | [{number(s.text)}]({s.text.stem}.ipynb) | {s.status} | {s.name} |"
+        for s in ordered
+    ]
+    for s in ordered:
+        rows += ["", f"## {spoken(s.label)}: {s.status}", "", f"{s.name} ([chapter {number(s.text)}](#{s.label}))."]
+        rows += ["", f"**The paper.** {s.paper}", "", f"**Here.** {s.ours}", "", f"**Seeds.** {s.seeds}"]
+        rows += ["", f"**Again.** `{s.command}`"]
+    return "\n".join(rows)
+
+
+COLLECTED = {"contents": contents, "equations": equations, "errata": all_errata, "scorecard": scorecard}
 
 
 def from_text(text: Path) -> nbformat.NotebookNode:
@@ -350,7 +425,7 @@ def run_cell(source: str, name: str, namespace: dict) -> None:
 
 def run_with(mutant: Mutant, text: Path) -> None:
     """Run a chapter with an edited module, up to the first check cell that fails; AssertionError if there is one."""
-    checked, namespace = {check.cell for check in checks(text)}, {"__name__": "__main__"}
+    checked, namespace = {i for i, *_ in declarations(text)}, {"__name__": "__main__"}
     with tempfile.TemporaryDirectory() as folder:  # a file, since Triton reads a kernel's source from one
         (Path(folder) / mutant.module).write_text(mutant.source.replace(mutant.old, mutant.new))
         sys.path.insert(0, folder)
@@ -362,7 +437,7 @@ def run_with(mutant: Mutant, text: Path) -> None:
 
 def mutate(text: Path) -> Iterator[str]:
     """Run a chapter here, with each of its mutants and with each check's claim perturbed; yields what goes unnoticed."""
-    declared, wrong = checks(text), mutants(text)
+    declared, wrong = [*checks(text), *scores(text)], mutants(text)
     if not declared and not wrong:
         return
     os.environ["MPLBACKEND"] = "Agg"

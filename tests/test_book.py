@@ -111,13 +111,45 @@ def test_the_size_of_an_erratum_is_what_its_check_prints(text: Path) -> None:
         assert said and set(said) <= printed, f"{erratum.title}: {sorted(set(said) - printed)} are not printed"
 
 
+# Which figures, tables and main claims of the paper a chapter answers for.
+SCORED = {
+    6: ["fig-4"],
+    9: ["fig-10"],
+    11: ["fig-11", "fig-12"],
+    16: ["fig-6", "fig-8"],
+    17: ["fig-7", "fig-9", "table-1"],
+    18: ["table-3", "table-4", "table-5", "table-6"],
+    19: ["table-2", "claim-1", "claim-2", "claim-3", "claim-4"],
+}
+
+
+def test_the_plan_covers_every_item_of_the_scorecard_once() -> None:
+    assert sorted(label for labels in SCORED.values() for label in labels) == sorted(make.ITEMS)
+
+
+@by_name
+def test_every_item_of_the_scorecard_has_its_result(text: Path) -> None:
+    assert sorted(score.label for score in make.scores(text)) == sorted(SCORED.get(make.number(text), ()))
+
+
+@by_name
+def test_a_result_of_the_scorecard_is_what_its_cell_prints(text: Path) -> None:
+    cells = nbformat.read(BOOK / f"{text.stem}.ipynb", as_version=4).cells
+    for score in make.scores(text):
+        printed = " ".join(output.get("text", "") for output in cells[score.cell].outputs)
+        said = set(re.findall(r"\d+\.\d+(?:e[+-]?\d+)?", score.ours))
+        assert said <= set(re.findall(r"\d+\.\d+(?:e[+-]?\d+)?", printed)), f"{score.label}: {said} in {printed}"
+
+
 def test_the_appendices_list_every_check_and_every_erratum() -> None:
-    table, errata = make.equations(), make.all_errata()
+    table, errata, scorecard = make.equations(), make.all_errata(), make.scorecard()
     for text in CHAPTERS:
         for check in make.checks(text):
             assert table.count(f"](#{check.label}) |") >= 1 and check.name in table
         for erratum in make.errata(text):
             assert all(words in errata for words in erratum.fields.values())
+        for score in make.scores(text):
+            assert f"](#{score.label}) |" in scorecard and score.ours in scorecard and score.command in scorecard
 
 
 def test_every_text_is_in_the_table_of_contents() -> None:

@@ -83,7 +83,7 @@ def cards(app) -> str:
 
 
 def says(label: str, check: dict) -> str:
-    status = next(s for s in maker().STATUSES if s in check)
+    status = next(s for s in (*maker().STATUSES, *maker().OUTCOMES) if s in check)
     return f"{maker().spoken(label)} {'' if status == 'holds' else status + ': '}{check[status]}"
 
 
