@@ -36,18 +36,15 @@ HELP = """\
 /help         this list
 Ctrl-C stops an answer, Ctrl-D leaves"""
 PIECE = 512  # tokens read at once, between two moves of the progress bar
+BAR = partial(tqdm, unit=" tokens", unit_scale=PIECE, leave=False, disable=None, delay=0.5)  # None: on terminals only
 
 
 @torch.no_grad()
 def read(
-    model: Hope, tokens: Sequence[int], state: HopeState | None, bar: Callable | None = None, **how: Any
+    model: Hope, tokens: Sequence[int], state: HopeState | None, bar: Callable = BAR, **how: Any
 ) -> tuple[list[float], HopeState]:
-    """Learn from tokens that follow: nats for each, but for the first of a stream, and the state after them.
-
-    bar: shows how far it is, called as `tqdm` is. how: see `Hope.observe`.
-    """
-    nats, quiet = [], None if len(tokens) > PIECE else True  # None: unless this is a terminal
-    bar = bar or partial(tqdm, unit=" tokens", unit_scale=PIECE, leave=False, disable=quiet)
+    """Learn from tokens that follow: nats for each, but for the first of a stream, and the state after them."""
+    nats: list[float] = []
     for piece in bar(torch.tensor([tokens], device=model.embed.weight.device).split(PIECE, 1), desc="reading"):
         losses, state = model.observe(piece, state=state, reduction="none", **how)
         nats += losses[0].tolist()

@@ -81,8 +81,8 @@ def switches(model: Hope) -> list[str]:
     return memory + [f"CMS, every {clock} tokens" for clock in model.config.clocks]
 
 
-def read(model: Hope, tokenizer: Tokenizer, session: Session, text: str, on: list[str], bar: Any = None) -> Session:
-    """The session after one more reading, in which only what is `on` learns; `bar`: see `chat.read`."""
+def read(model: Hope, tokenizer: Tokenizer, session: Session, text: str, on: list[str], bar: Any = chat.BAR) -> Session:
+    """The session after one more reading, in which only what is `on` learns."""
     tokens = tokenizer.encode(text).tolist()
     if not 0 < len(tokens) <= MOST:
         raise ValueError(f"the text has {len(tokens):,} tokens; give 1 to {MOST:,}")

@@ -548,7 +548,7 @@ def test_without_a_network_what_must_be_downloaded_is_said_at_once(
     asked, run, copy_of, local_tasks, monkeypatch, capsys
 ):
     """Where the hub does not answer, nothing goes on asking it."""
-    hub, datasets = pytest.importorskip("huggingface_hub"), pytest.importorskip("datasets")
+    hub, datasets, *_ = map(pytest.importorskip, ("huggingface_hub", "datasets", "transformers", "harness"))
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     for config in (hub.constants, datasets.config):
         monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
@@ -556,15 +556,15 @@ def test_without_a_network_what_must_be_downloaded_is_said_at_once(
     include = str(Path(pytest.importorskip("lm_eval").__file__).parent / "tasks/piqa/piqa.yaml")
     task = {"include": include, "task": "far_piqa", "tag": None, "dataset_path": "nobody/piqa"}
     (local_tasks / "far_piqa.yaml").write_text(json.dumps(task))
-    tasks = {
+    specs = {
         "set": "continual,set=nobody/classes", "harness": "far_piqa", "text": "position,text=hf:nobody/text",
         "model": "position",
     }  # fmt: skip
     name = "nobody/model" if asked == "model" else str(copy_of(run))
-    flags = ["--include-path", str(local_tasks), "--tasks", tasks[asked], "--device", "cpu"]
+    flags = ["--include-path", str(local_tasks), "--tasks", specs[asked], "--device", "cpu"]
     begun = time.perf_counter()
     assert evaluation.main([name, *flags]) == 2
-    assert time.perf_counter() - begun < 15  # libraries are imported within; asking again and again takes 24 seconds
+    assert time.perf_counter() - begun < 15  # asking again and again takes 24 seconds
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation.py")]
     assert len(err) == 1 and "nobody/" in err[0] and re.search("network|folder of a pre-trained model", err[0])
     data.try_hub.cache_clear()
