@@ -2,15 +2,16 @@
 
 One stream is carried from turn to turn in a `hope.HopeState`, and that state is all the history there is. What you
 write is observed, so memories and CMS learn from it; what the model says is only read. A model with a chat template,
-as instruct models have, is asked in that form; any other goes on with your text.
+as instruct models have, is asked in that form; any other goes on with your text. demo.py reads and says as this does.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,33 @@ HELP = """\
 /levels       who learns what and how often, and how far it has moved
 /help         this list
 Ctrl-C stops an answer, Ctrl-D leaves"""
-PIECE = 512  # tokens between two moves of the progress bar
+PIECE = 512  # tokens read at once, between two moves of the progress bar
+BAR = partial(tqdm, unit=" tokens", unit_scale=PIECE, leave=False, disable=None, delay=0.5)  # None: on terminals only
+
+
+@torch.no_grad()
+def read(
+    model: Hope, tokens: Sequence[int], state: HopeState | None, bar: Callable = BAR, **how: Any
+) -> tuple[list[float], HopeState]:
+    """Learn from tokens that follow: nats for each, but for the first of a stream, and the state after them."""
+    nats: list[float] = []
+    for piece in bar(torch.tensor([tokens], device=model.embed.weight.device).split(PIECE, 1), desc="reading"):
+        losses, state = model.observe(piece, state=state, reduction="none", **how)
+        nats += losses[0].tolist()
+    return nats, state
+
+
+def say(
+    model: Hope, tokenizer: Any, tokens: Sequence[int], most: int, state: HopeState | None = None, **how: Any
+) -> Iterator[tuple[str, HopeState]]:
+    """What a model says after tokens, up to the document's end or `most` tokens: whole letters, and the state there."""
+    said, shown, begin = [], 0, torch.tensor([tokens], dtype=torch.long, device=model.embed.weight.device)
+    for new, state in islice(model.stream(begin, state=state, stop=[tokenizer.eot], **how), most):
+        said += [new.item()] * (new.item() != tokenizer.eot)
+        whole = tokenizer.decode(said).rstrip("\ufffd")  # at the end it may be the first bytes of a letter
+        yield whole[shown:], state
+        shown = len(whole)
+    yield tokenizer.decode(said)[shown:], state
 
 
 def printable(text: str) -> str:
@@ -68,17 +95,6 @@ class Chat:
         self.talking, self.heard = False, {}  # whether a conversation has begun; bits per byte of files, read last
         return "forgotten"
 
-    @torch.no_grad()
-    def observe(self, tokens: list[int]) -> list[float]:
-        """Learn from tokens that follow; returns nats for each, but for the first of a stream."""
-        nats, quiet = [], None if len(tokens) > PIECE else True  # None: unless this is a terminal
-        with tqdm(total=len(tokens), desc="reading", unit=" tokens", leave=False, disable=quiet) as bar:
-            for piece in torch.tensor([tokens], device=self.model.embed.weight.device).split(PIECE, 1):
-                losses, self.state = self.model.observe(piece, state=self.state, reduction="none")
-                nats += losses[0].tolist()
-                bar.update(piece.shape[1])
-        return nats
-
     @property
     def between(self) -> bool:
         """The last token is the one that stands between two documents."""
@@ -94,7 +110,7 @@ class Chat:
         if not tokens:
             raise ValueError(f"{name} is empty")
         tokens = (eot if not self.between else []) + tokens + eot
-        nats = self.observe(tokens)
+        nats, self.state = read(self.model, tokens, self.state)
         size = max(1, int(self.tokenizer.lengths[tokens].sum()))
         now, before = sum(nats) / math.log(2) / size, self.heard.get(path)
         self.heard[path] = now
@@ -115,18 +131,10 @@ class Chat:
 
     def answer(self, text: str) -> Iterator[str]:
         """Learn from a turn and answer it, piece by piece; the state stands after what was said so far."""
-        self.observe(self.turn(text))
-        self.talking, said, shown = True, [], 0
-        nothing_new, stop = self.state.pending[:, :0], [self.tokenizer.eot]
-        stream = self.model.stream(nothing_new, state=self.state, stop=stop, **self.drawn)
-        for new, self.state in islice(stream, self.max_new_tokens):
-            if self.between:
-                break
-            said.append(new.item())
-            whole = self.tokenizer.decode(said).rstrip("\ufffd")  # at the end it may be the first bytes of a letter
-            yield whole[shown:]
-            shown = len(whole)
-        yield self.tokenizer.decode(said)[shown:]
+        _, self.state = read(self.model, self.turn(text), self.state)
+        self.talking, most = True, self.max_new_tokens
+        for piece, self.state in say(self.model, self.tokenizer, [], most, self.state, **self.drawn):
+            yield piece
 
     def save(self, name: str) -> str:
         path = Path(name).expanduser()

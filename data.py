@@ -28,11 +28,12 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,6 +90,24 @@ def extra(module: str, what: str) -> Any:
         ours = {"gradio": "demo", "transformers": "pretrained"}.get(name, "data")
         install = name if name in ("trackio", "wandb") else f'"nested-learning-hope[{ours}]"'
         raise UserError(f"{what} needs {name}, which is missing; run: pip install {install}") from e
+
+
+@cache
+def try_hub() -> None:
+    """Before something is asked of the hub: if it cannot be reached, its libraries take what was kept, or fail at once.
+
+    Otherwise they go on asking, for half a minute.
+    """
+    try:
+        import huggingface_hub as hub
+    except ImportError:  # what needs it says so
+        return
+    try:
+        hub.get_session().head(hub.constants.ENDPOINT, timeout=3)
+    except Exception:  # its client has errors of its own
+        hub.constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 def sync(path: Path) -> None:
@@ -517,6 +536,7 @@ class Source:
         datasets, (name, config, split) = extra("datasets", f"--data {self.data}"), self.identity["hub"]
         for library in ("datasets", "fsspec", "huggingface_hub", "urllib3"):  # what they retry is no news
             logging.getLogger(library).setLevel(logging.ERROR)  # after their import, which sets a level of its own
+        try_hub()
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         if self.start:
             rows.load_state_dict(self.start)

@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+import chat
 from data import Tokenizer, extra
 from hope import Hope, HopeState, Memory
 
-PIECE, MOST, MEMORY = 512, 20_000, "memory"  # tokens read at once; tokens of a text, at most; a switch
+MOST, MEMORY = 20_000, "memory"  # tokens of a text, at most; a switch
 TEXT = """The memory reads what the memory wrote. A word that comes once is a surprise.
 A word that comes again is less of one: Ozymandias, Ozymandias, Ozymandias.
 Whoever reads this twice knows how it ends: with a blue door in Antwerp."""
@@ -80,20 +81,14 @@ def switches(model: Hope) -> list[str]:
     return memory + [f"CMS, every {clock} tokens" for clock in model.config.clocks]
 
 
-def read(model: Hope, tokenizer: Tokenizer, session: Session, text: str, on: list[str], moved: Any = None) -> Session:
+def read(model: Hope, tokenizer: Tokenizer, session: Session, text: str, on: list[str], bar: Any = chat.BAR) -> Session:
     """The session after one more reading, in which only what is `on` learns."""
     tokens = tokenizer.encode(text).tolist()
     if not 0 < len(tokens) <= MOST:
         raise ValueError(f"the text has {len(tokens):,} tokens; give 1 to {MOST:,}")
     levels = [i for i in model.config.written if f"CMS, every {int(model.config.cms[i])} tokens" in on]
-    state, nats = session.state, []
-    stream = torch.tensor([[tokenizer.eot, *tokens]], device=model.embed.weight.device)
-    with held(model) if MEMORY in {*switches(model)} - {*on} else nullcontext(), torch.no_grad():
-        for i, piece in enumerate(stream.split(PIECE, 1)):
-            losses, state = model.observe(piece, state=state, reduction="none", levels=levels)
-            nats += losses[0].tolist()
-            if moved is not None:
-                moved(min(1.0, (i + 1) * PIECE / stream.shape[1]), desc="reading")
+    with held(model) if MEMORY in {*switches(model)} - {*on} else nullcontext():
+        nats, state = chat.read(model, [tokenizer.eot, *tokens], session.state, bar, levels=levels)
     bits = [nat / math.log(2) for nat in nats[-len(tokens) :]]
     per_byte = sum(bits) / max(1, int(tokenizer.lengths[tokens].sum()))
     new = Reading(text.strip()[:40], tokens, bits, " + ".join(on) or "nothing", per_byte)
@@ -145,14 +140,9 @@ def table(session: Session) -> str:
 
 def go_on(model: Hope, tokenizer: Tokenizer, session: Session, most: int, temperature: float) -> Iterator[str]:
     """What the model says after what it has read, longer at every step."""
-    said: list[int] = []
-    begin = torch.tensor([[tokenizer.eot] * (session.state is None)], dtype=torch.long).to(model.embed.weight.device)
-    stream = model.stream(begin, temperature, top_p=0.9, state=session.state, stop=[tokenizer.eot])
-    for new, _ in islice(stream, most):
-        if new.item() == tokenizer.eot:
-            return
-        said.append(new.item())
-        yield tokenizer.decode(said).rstrip("\ufffd")
+    begin = [tokenizer.eot] * (session.state is None)
+    said = chat.say(model, tokenizer, begin, most, session.state, temperature=temperature, top_p=0.9)
+    yield from accumulate(piece for piece, _ in said)
 
 
 def launch(model: Hope, tokenizer: Tokenizer, title: str = "Hope", port: int | None = None, wait: bool = True) -> str:
@@ -161,7 +151,7 @@ def launch(model: Hope, tokenizer: Tokenizer, title: str = "Hope", port: int | N
 
     def on_read(text: str, on: list[str], view: str, session: Session, progress: Any = gr.Progress()) -> tuple:
         try:
-            session = read(model, tokenizer, session, text, on, progress)
+            session = read(model, tokenizer, session, text, on, progress.tqdm)
         except ValueError as e:
             raise gr.Error(str(e)) from e
         return coloured(tokenizer, session, view), table(session), session

@@ -46,7 +46,7 @@ import hope
 import report
 import tasks
 import train
-from data import Corpus, PretrainedTokenizer, Source, UserError, explained, fingerprint
+from data import Corpus, PretrainedTokenizer, Source, UserError, explained, fingerprint, try_hub
 from hope import INF, Hope, HopeState
 from settings import check_settings, setting
 from train import TrainConfig
@@ -158,6 +158,8 @@ class Subject:
         else:
             fix = "give a run or an export of train.py, or the name or folder of a pre-trained model"
             with explained(f"{path} cannot be loaded", fix, Exception):
+                if not folder.is_dir():
+                    try_hub()
                 named = {"gguf_file": options.gguf_file} if options.gguf_file else {}
                 model = hope.from_pretrained(path, cms=options.cms, cms_rate=options.cms_rate, **named)
                 import transformers  # without which the line before says how to get it
@@ -225,7 +227,7 @@ class Reader:
 
     def anew(self, state: HopeState) -> HopeState:
         """Memories as before the first token; only the CMS keeps what it has learnt."""
-        return self.model.restart(state, **self.lesson)
+        return self.model.restart(state)
 
     def pieces(self, tokens: Tensor, targets: Tensor | None, state: HopeState) -> Iterator[tuple[Tensor, HopeState]]:
         """Read tokens (b, t); of each piece the logits (b, p, vocab), and the state after it.
@@ -607,6 +609,9 @@ def run_continual(spec: str, subject: Subject, reader: Reader, options: Options,
         so_far = [float(np.mean(row)) for row in rows]
         lost = [max(row[j] for row in rows[j:-1]) - rows[-1][j] for j in range(len(rows) - 1)]
         found.setdefault(method, []).append((so_far, float(np.mean(lost))))
+    if len(written) < 3:
+        has = f"this model's CMS learns in context at {len(written)} of the paper's 3 levels, and no more are measured"
+        print(f"evaluation.py: {spec}: {has}; train one with three finite clocks, --cms 16,64,256,inf", file=sys.stderr)
     figures = []
     for method, pairs in found.items():
         curves, lost = np.array([curve for curve, _ in pairs]), [z for _, z in pairs]

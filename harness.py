@@ -12,7 +12,7 @@ import lm_eval
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
-from data import UserError, reason
+from data import UserError, reason, try_hub
 
 for name in ("lm_eval", "datasets", "huggingface_hub", "nltk"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -93,12 +93,13 @@ def find(name: str, include_path: str, metadata: dict[str, Any]) -> TaskManager 
 
 def measure(model: Model, manager: TaskManager, name: str, **how: Any) -> list[tuple]:
     """Task, metric, value, standard error and number of samples of each figure; `how`: see lm_eval.simple_evaluate."""
+    try_hub()
     try:
         loaded = manager.load([name])
     except Exception as e:  # of its many libraries
-        named = re.search(r"'([^']+/[^']+)'", str(e))
+        named = re.search(r"'([\w.-]+/[\w.-]+)'", str(e))
         what = f"the data set {named[1]}" if named else "its data or a package"
-        fix = "with a network it is downloaded once and then kept"
+        fix = "with a network it is downloaded once and then kept; a folder of that name is read instead"
         raise UserError(f"{name} needs {what}, which cannot be loaded ({reason(e)}); {fix}") from e
     group = loaded.get("groups", {}).get(name)
     chosen = [group] if group else [*loaded["tasks"].values()]

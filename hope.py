@@ -185,6 +185,8 @@ class Segment:
     tokens: Tensor  # (b, s)
     targets: Tensor  # (b, s)
     memories: list[MemoryState | AttentionState]  # as they stood before these tokens
+    levels: list[int] | None = None  # which levels learn from it, and from how surprising a one: see `Hope.observe`
+    surprise: float = 0.0
 
     def extend(self, tokens: Tensor, targets: Tensor) -> Segment:
         return replace(self, tokens=torch.cat([self.tokens, tokens], 1), targets=torch.cat([self.targets, targets], 1))
@@ -759,8 +761,40 @@ class FastLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def make_norm(config: HopeConfig) -> nn.Module:
-    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm](config.memory.d_model, eps=config.norm_eps)
+class BoundedGain(torch.autograd.Function):
+    """x (..., d) as it is, for a norm in front of a branch; where the mean square of x is below the norm's eps, its
+    gradient is scaled down by their ratio.
+
+    There a norm only multiplies, by eps^(-1/2). Tokens that are 0, with nothing else in front of them, are 0 in every
+    block, so that in going back the factors of all norms would multiply: 1e13 in two blocks, infinity in eight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.eps = eps
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        size = ctx.saved_tensors[0].detach().square().mean(-1, keepdim=True)
+        return gradient * (size / ctx.eps).clamp(max=1), None
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(BoundedGain.apply(x, self.eps))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(BoundedGain.apply(x, self.eps))
+
+
+def make_norm(config: HopeConfig, last: bool = False) -> nn.Module:
+    """In front of a branch of a block, or the last one: by its gain, what is 0 still learns, through no branch."""
+    kinds = {"rms": nn.RMSNorm, "layer": nn.LayerNorm} if last else {"rms": RMSNorm, "layer": LayerNorm}
+    return kinds[config.norm](config.memory.d_model, eps=config.norm_eps)
 
 
 class MLP(nn.Module):
@@ -893,7 +927,7 @@ def compile_parts(model: nn.Module) -> None:
 class Lesson:
     """How `Hope.observe` learns from a segment; see there."""
 
-    levels: Sequence[int] | None = None
+    levels: list[int] | None = None
     surprise: float = 0.0
     truncate: bool = False
     scored: Tensor | None = None  # what parameter gradients are divided by, for those of a mean
@@ -954,7 +988,7 @@ class Hope(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, d)
         self.embed_position = nn.Embedding(config.n_position, d) if config.n_position else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.norm = make_norm(config)
+        self.norm = make_norm(config, last=True)
         self.head = None if config.tied else nn.Linear(d, config.vocab_size, bias=False)
         for name, module in self.named_modules():
             if type(module) in (nn.Linear, FastLinear):
@@ -998,11 +1032,12 @@ class Hope(nn.Module):
         check_state(self, state, tokens.shape[0])
         return tokens, map_state(lambda z: z.clone() if z.is_inference() else z, state)
 
-    def _bank(self, state: HopeState, lesson: Lesson) -> HopeState:
+    def _bank(self, state: HopeState) -> HopeState:
         """The state with the open segment's gradient in the sums of the CMS, so that unobserved tokens may follow."""
-        if state.segment is None or lesson.levels == []:
+        segment = state.segment
+        if segment is None or segment.levels == []:
             return replace(state, segment=None)
-        _, _, cms, _ = self._learn(state.segment, state.segment.tokens.shape[1], state.cms, state.observed, lesson)
+        _, _, cms, _ = self._learn(segment, segment.tokens.shape[1], state.cms, state.observed, Lesson())
         return replace(state, cms=cms, segment=None)
 
     @outside_inference_mode
@@ -1013,7 +1048,7 @@ class Hope(nn.Module):
         """
         tokens, state = self._begin(tokens, state)
         require(state.pending is None, "a token of this state waits for its target; continue with observe or stream")
-        state = self._bank(state, Lesson())
+        state = self._bank(state)
         logits, memories = self._run(tokens, state.memories, state.cms)
         return logits, replace(state, memories=memories)
 
@@ -1058,7 +1093,10 @@ class Hope(nn.Module):
             require(state.pending is None, "a token of this state waits for its target; go on without targets")
             targets = check_tokens(targets, self.config.vocab_size, like=tokens)
         scored = (targets != -100).sum().clamp(min=1)
+        levels = None if levels is None else [*levels]
         lesson = Lesson(levels, surprise, truncate, scored if reduction == "mean" else None)
+        if state.segment and (state.segment.levels, state.segment.surprise) != (levels, surprise):
+            state = self._bank(state)
         losses, lengths = [], piece_lengths(state.observed, tokens.shape[1], self.config.clocks)
         scores = []
         for piece in zip(tokens.split(lengths, 1), targets.split(lengths, 1)):
@@ -1082,7 +1120,8 @@ class Hope(nn.Module):
         observed, segment = state.observed + tokens.shape[1], state.segment
         if self.config.clocks:
             before = 0 if segment is None else segment.tokens.shape[1]
-            segment = (segment or Segment(tokens[:, :0], targets[:, :0], state.memories)).extend(tokens, targets)
+            begun = Segment(tokens[:, :0], targets[:, :0], state.memories, lesson.levels, lesson.surprise)
+            segment = (segment or begun).extend(tokens, targets)
         if any(observed % clock == 0 for clock in self.config.clocks):
             losses, memories, cms, logits = self._learn(segment, before, state.cms, observed, lesson)
             segment = None
@@ -1126,27 +1165,27 @@ class Hope(nn.Module):
                     found = torch.autograd.grad(losses.sum(), deltas, retain_graph=keep_graph, create_graph=full)
                     if lesson.truncate:
                         lesson.backward(losses[:, before:])
-        if lesson.surprise:  # sequences share nothing, so a gradient of the sum is each sequence's own
-            teaches = losses.detach().sum(1) > lesson.surprise * (segment.targets != -100).sum(1)
+        if segment.surprise:  # sequences share nothing, so a gradient of the sum is each sequence's own
+            teaches = losses.detach().sum(1) > segment.surprise * (segment.targets != -100).sum(1)
             found = [g * teaches[:, None, None] for g in found]
         new = []
         for block, state, gradients in zip(self.blocks, fresh, tree_unflatten(found, layout)):
-            for i in [] if lesson.levels is None else set(block.cms.written) - set(lesson.levels):
+            for i in [] if segment.levels is None else set(block.cms.written) - set(segment.levels):
                 gradients[i] = map_state(torch.zeros_like, gradients[i])
             new.append(block.cms.write(state, gradients, t))
         found = (losses[:, before:], memories, new, logits[:, before:])
         return found if keep_graph else map_state(Tensor.detach, found)
 
     @outside_inference_mode
-    def restart(self, state: HopeState, levels: Sequence[int] | None = None, surprise: float = 0.0) -> HopeState:
+    def restart(self, state: HopeState) -> HopeState:
         """The state in front of another text: memories as before the first token, the CMS with what it has learnt.
 
-        The clock goes on, and an open chunk counts; levels, surprise: how it was observed.
+        The clock goes on, and an open chunk counts.
         """
         sizes: list[int] = []
         map_state(lambda z: sizes.append(len(z)) or z, state.memories)
         check_state(self, state, sizes[0])
-        state = self._bank(state, Lesson(levels, surprise))
+        state = self._bank(state)
         return replace(state, memories=self.init_state(sizes[0]).memories, pending=None)
 
     @torch.inference_mode(False)
@@ -1170,11 +1209,11 @@ class Hope(nn.Module):
             memorize: whether the CMS learns from the prompt, or which of its levels; see `observe`, also for surprise.
             learn_own: it learns from what the model says itself in the same way; else that is only read.
         """
-        levels = {True: None, False: []}[memorize] if isinstance(memorize, bool) else memorize
+        levels = {True: None, False: []}[memorize] if isinstance(memorize, bool) else [*memorize]
         lesson = Lesson(levels, surprise)
         _, state = self.observe(tokens, state=state, levels=levels, surprise=surprise)
         require(state.pending.shape[1] > 0, "the prompt is empty; give at least one token")
-        state = state if learn_own else self._bank(state, lesson)
+        state = state if learn_own else self._bank(state)
         done, stop = torch.zeros_like(state.pending, dtype=torch.bool), state.pending.new_tensor(list(stop))
         while not done.all():
             last = state.pending

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,23 +86,20 @@ def column_of(row: dict) -> str:
 def tables(rows: list[dict]) -> str:
     """Every figure with the columns side by side; then what the paper has, in its layout, its rows below ours."""
     columns = [*dict.fromkeys(map(column_of, rows))]
-    cells, speeds = {}, {}
+    cells, speeds, metrics = {}, {}, {}
     for row in rows:
+        metrics.setdefault(row["task"], {})[row["metric"]] = None  # in their order
         error = "" if row["stderr"] is None else f" ±{row['stderr']:.2g}"
         cells[row["task"], row["metric"], column_of(row)] = row["value"], f"{row['value']:.4g}{error}"
         if row["tokens_per_s"]:
             speeds[row["task"], column_of(row)] = f"{row['tokens_per_s']:,.0f}"
-    body, last = [["", "", *columns]], None
-    for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
-        if task != last and any((task, c) in speeds for c in columns):
-            body.append([task, "tokens/s", *(speeds.get((task, c), "") for c in columns)])
-        body.append(
-            ["" if task == last else task, metric, *(cells.get((task, metric, c), ("", ""))[1] for c in columns)]
-        )
-        if task != last and len(body) > 2 and body[-2][0] == task:
-            body[-1][0] = ""
-        last = task
-    parts = [aligned([[f"{task:<14} {metric}", *rest] for task, metric, *rest in body])]
+    body = [["", *columns]]
+    for task, names in metrics.items():
+        speed = [speeds.get((task, c), "") for c in columns]
+        lines = [["tokens/s", *speed]] if any(speed) else []
+        lines += [[metric, *(cells.get((task, metric, c), ("", ""))[1] for c in columns)] for metric in names]
+        body += [[f"{name:<14} {what}", *rest] for name, (what, *rest) in zip(chain([task], repeat("")), lines)]
+    parts = [aligned(body)]
     plain = {(task.split(",")[0], metric, c): value for (task, metric, c), (value, _) in cells.items()}
     for title, names, paper in LAYOUTS:
         if not any((*name[:2], c) in plain for name in names for c in columns):

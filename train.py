@@ -1057,14 +1057,13 @@ def drawing(how: Command) -> dict[str, Any]:
 def sample_text(model: Hope, tokenizer: Tokenizer, how: Command, seed: int) -> str:
     """The prompt and what the model makes of it, up to the end of the document, control characters as \\x1b."""
     torch.manual_seed(seed)
-    tokens = torch.tensor([tokenizer.encode(how.prompt).tolist()], device=model.embed.weight.device)
+    tokens = tokenizer.encode(how.prompt).tolist()
     longest = model.config.n_position or math.inf  # with learnt positions a stream has an end
-    most = int(min(how.max_new_tokens, max(1, longest - tokens.shape[1])))
+    most = int(min(how.max_new_tokens, max(1, longest - len(tokens))))
     fix = "it has diverged: train anew with a smaller --lr, or delete its last checkpoints"
     with explained("this model gives no sample", fix, RuntimeError, ValueError):
-        new = model.generate(tokens, most, stop=[tokenizer.eot], **drawing(how))[0].tolist()
-    text = how.prompt + tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new)
-    return chat.printable(text)
+        said = [piece for piece, _ in chat.say(model, tokenizer, tokens, most, **drawing(how))]
+    return chat.printable("".join([how.prompt, *said]))
 
 
 def trained(path: Path, device: str | None) -> tuple[TrainConfig, Hope, Tokenizer | None, dict]:

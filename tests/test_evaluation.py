@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import continual
+import data
 import evaluation
 import hope
 import report
@@ -288,10 +289,14 @@ def test_a_run_trained_on_a_task_is_measured_on_it(tmp_path, monkeypatch, capsys
     assert "train.py --data task:mqar" in capsys.readouterr().err
 
 
-def test_continual_learning_has_every_method(run, copy_of, capsys):
-    run = copy_of(run)
+@pytest.mark.parametrize("levels", [2, 3])
+def test_continual_learning_has_every_method(levels, run, copy_of, tmp_path, capsys):
+    """Of a model with fewer levels than the paper's three it is said, and the others are measured."""
+    run = make_run(tmp_path / "3", "--cms", "16,32,48,inf", "--steps", "6") if levels == 3 else copy_of(run)
     rows = evaluate(run, "--tasks", "continual,shots=4,tests=3", "--plot")
-    methods = ["in context", "CMS, 1 levels", "CMS, 2 levels", "fine-tuning", "EWC"]
+    said = "learns in context at 2 of the paper's 3 levels" in capsys.readouterr().err
+    assert said == (levels < 3)
+    methods = ["in context", *(f"CMS, {k + 1} levels" for k in range(levels)), "fine-tuning", "EWC"]
     assert [row["metric"] for row in rows] == [f"{what} {m}" for m in methods for what in ("accuracy", "forgetting")]
     for row in rows[::2]:
         assert len(row["curve"]) == 4 and row["curve"][-1] == row["value"] and 0 <= row["value"] <= 100
@@ -460,35 +465,109 @@ def test_the_harness_measures_local_lines(run, copy_of, local_tasks, capsys):
         assert row["value"] == pytest.approx(same["value"], rel=1e-5)
 
 
-def test_needles_are_made_and_sought_without_a_network(run, copy_of, monkeypatch):
-    """RULER's first task: a model that finds one of two needles has 0.5 at that length."""
-    for package in ("lm_eval", "wonderwords", "transformers"):
-        pytest.importorskip(package, reason='needs: pip install "nested-learning-hope[eval]"')
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Sets of the hub as folders of their names: what RULER's essays and BABILong are read from without a network."""
+    monkeypatch.chdir(tmp_path)
+    rows = {"baber/paul_graham_essays/train.jsonl": [{"text": pydoc_text()[0][:50_000]}]}
+    folder = "RMT-team/babilong-1k-samples"
+    rows[f"{folder}/4k/qa1.jsonl"] = [
+        {"input": f"Mary went to the {place}. It rained.", "question": "Where is Mary?", "target": place}
+        for place in ("garden", "kitchen")
+    ]
+    for name, lines in rows.items():
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    configs = {"configs": [{"config_name": "4k", "data_files": [{"split": "qa1", "path": "4k/qa1.jsonl"}]}]}
+    Path(folder, "README.md").write_text(f"---\n{json.dumps(configs)}\n---\n")
+
+
+def finds_the_first(monkeypatch, answer):
+    """A model that answers the first of two prompts rightly."""
     said = Reader.continuations
 
-    def finds_the_first(self, prompts, until, most, temperature):
-        assert len(prompts) == 2 and all(300 < len(prompt) < 600 for prompt in prompts)
-        needle = re.search(r"is: (\d+)\.", self.tokenizer.decode(prompts[0]))[1]
+    def continuations(self, prompts, until, most, temperature):
+        assert len(prompts) == 2
         for i, text in said(self, prompts, until, 3, temperature):
-            yield i, needle if i == 0 else text
+            yield i, answer(self.tokenizer.decode(prompts[0])) if i == 0 else text
 
-    monkeypatch.setattr(Reader, "continuations", finds_the_first)
-    flags = ("--tasks", "niah_single_1", "--lengths", 512, "--limit", 2, "--memorize", "off")
-    [row] = [row for row in evaluate(copy_of(run), *flags) if row["metric"] == "512"]
-    assert row["task"] == "niah_single_1" and row["value"] == 0.5 and row["n"] == 2
+    monkeypatch.setattr(Reader, "continuations", continuations)
 
 
-def test_data_that_is_not_there_is_named(run, copy_of, local_tasks, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["single_1", "multikey_2", "single_3"])  # of one sentence, of needles, of essays
+def test_needles_are_made_and_sought_without_a_network(name, run, copy_of, here, monkeypatch):
+    """A model that finds one of two of RULER's needles has 0.5 at that length."""
+    for package in ("wonderwords", "nltk", "transformers"):
+        pytest.importorskip(package, reason='needs: pip install "nested-learning-hope[eval]"')
+    ruler = pytest.importorskip("lm_eval.tasks.ruler.prepare_niah")
+    make = ruler.generate_samples
+    monkeypatch.setattr(ruler, "generate_samples", lambda *args, **how: make(*args, **how | {"num_samples": 2}))
+    monkeypatch.setattr(ruler, "sent_tokenize", lambda text: text.split(". "))  # nltk downloads what it needs
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.ruler.niah_utils", raising=False)
+
+    def answer(prompt):
+        key = re.search(r"for (\S+) mentioned in the provided text", prompt)[1]
+        return re.search(rf"for {key} is: (\S+)\.", prompt)[1]
+
+    finds_the_first(monkeypatch, answer)
+    flags = ("--tasks", f"niah_{name}", "--lengths", 1024, "--limit", 2, "--memorize", "off")
+    [row] = [row for row in evaluate(copy_of(run), *flags) if row["metric"] == "1024"]
+    assert row["task"] == f"niah_{name}" and row["value"] == 0.5 and row["n"] == 2
+
+
+def test_babilong_reads_contexts_of_the_length_that_is_asked_for(run, copy_of, here, monkeypatch):
+    for package in ("lm_eval", "transformers"):
+        pytest.importorskip(package, reason='needs: pip install "nested-learning-hope[eval]"')
+    finds_the_first(
+        monkeypatch, lambda prompt: f"Mary is in the {re.findall('Mary went to the ([a-z]+)', prompt)[-1]}."
+    )
+    [row] = evaluate(copy_of(run), "--tasks", "babilong_qa1", "--lengths", 4096, "--memorize", "off")
+    assert (row["task"], row["metric"], row["value"], row["n"]) == ("babilong_qa1@4k", "acc", 0.5, 2)
+
+
+@pytest.mark.parametrize("error, named", [
+    (ConnectionError("Couldn't reach 'baber/piqa' on the Hub"), "the data set baber/piqa, "),
+    (LookupError("Resource 'punkt_tab' not found.\n Searched in:\n - '/root/nltk_data'\n - '/usr/nltk_data'"), "'punkt_tab' not"),
+])  # fmt: skip
+def test_data_that_is_not_there_is_named(error, named, run, copy_of, local_tasks, monkeypatch, capsys):
     import harness
 
     def offline(self, names):
-        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
+        raise error
 
     monkeypatch.setattr(harness.TaskManager, "load", offline)
     flags = ("--include-path", local_tasks, "--tasks", "local_piqa", "position,length=64", "--limit", 1)
     assert evaluate(copy_of(run), *flags, code=2)  # the others are measured
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation.py")]
-    assert len(err) == 1 and "local_piqa needs the data set baber/piqa" in err[0] and "network" in err[0]
+    assert len(err) == 1 and "local_piqa needs" in err[0] and named in err[0] and "network" in err[0]
+    assert "data set /" not in err[0]
+
+
+@pytest.mark.parametrize("asked", ["set", "harness", "model", "text"])
+def test_without_a_network_what_must_be_downloaded_is_said_at_once(
+    asked, run, copy_of, local_tasks, monkeypatch, capsys
+):
+    """Where the hub does not answer, nothing goes on asking it."""
+    hub, datasets, *_ = map(pytest.importorskip, ("huggingface_hub", "datasets", "transformers", "harness"))
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    for config in (hub.constants, datasets.config):
+        monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    data.try_hub.cache_clear()
+    include = str(Path(pytest.importorskip("lm_eval").__file__).parent / "tasks/piqa/piqa.yaml")
+    task = {"include": include, "task": "far_piqa", "tag": None, "dataset_path": "nobody/piqa"}
+    (local_tasks / "far_piqa.yaml").write_text(json.dumps(task))
+    specs = {
+        "set": "continual,set=nobody/classes", "harness": "far_piqa", "text": "position,text=hf:nobody/text",
+        "model": "position",
+    }  # fmt: skip
+    name = "nobody/model" if asked == "model" else str(copy_of(run))
+    flags = ["--include-path", str(local_tasks), "--tasks", specs[asked], "--device", "cpu"]
+    begun = time.perf_counter()
+    assert evaluation.main([name, *flags]) == 2
+    assert time.perf_counter() - begun < 15  # asking again and again takes 24 seconds
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation.py")]
+    assert len(err) == 1 and "nobody/" in err[0] and re.search("network|folder of a pre-trained model", err[0])
+    data.try_hub.cache_clear()
 
 
 def test_without_the_harness_the_rest_works(run, copy_of, monkeypatch, capsys):

@@ -218,6 +218,25 @@ def test_forward_after_observe_keeps_the_open_segment():
     assert state.cms[0][0].delta[0].abs().sum() > 0 and state.observed == 4
 
 
+def test_the_choice_of_levels_holds_however_the_stream_goes_on():
+    """What was chosen when a segment was observed is what learns from it, whatever comes before its chunk ends."""
+    model, x, y = random_model(small_config()), tokens(2, 5), tokens(2, 5, seed=1)
+
+    def learnt(**chosen):
+        _, begun = model.observe(x[:, :4], y[:, :4], **chosen)
+        read, anew = model(x[:, 4:], begun)[1], model.restart(begun)
+        _, otherwise = model.observe(x[:, 4:], y[:, 4:], begun, levels=[])
+        for state in (read, anew, otherwise):
+            assert_states_equal([f and f.total for f in state.cms[1]], [f and f.total for f in read.cms[1]])
+        return [f.total[0] for f in read.cms[1] if f]
+
+    fast, slow = learnt()
+    assert fast.any() and torch.equal(slow, learnt(levels=[1])[1]) and torch.equal(fast, learnt(levels=(0,))[0])
+    assert not any(
+        z.any() for z in [learnt(levels=[1])[0], learnt(levels=[0])[1], *learnt(levels=[]), *learnt(surprise=9.0)]
+    )
+
+
 def test_ignored_targets_teach_nothing():
     model, x = random_model(small_config()), tokens(2, 6)
     loss, state = model.observe(x, torch.full_like(x, -100))
@@ -276,6 +295,24 @@ def gradient_norm(arch: str, t: int) -> float:
 @pytest.mark.parametrize("arch", list(hope.HopeConfig.ARCHS))
 def test_gradients_do_not_grow_with_the_stream(arch, t):
     assert gradient_norm(arch, t) < 2 * gradient_norm(arch, 256)
+
+
+@pytest.mark.parametrize(
+    "arch, norm", [*((arch, "rms") for arch in hope.HopeConfig.ARCHS), ("hope", "layer"), ("transformer++", "layer")]
+)
+def test_tokens_that_are_zero_have_gradients_as_others_have(arch, norm):
+    """Where they begin a stream they are 0 in every block: the gains of all norms near 0 do not multiply, to infinity."""
+    torch.manual_seed(0)
+    model, x = hope.Hope(small_config(arch, d_model=32, n_layer=8, norm=norm)), tokens(2, 17)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    x[:, :8] = 0
+    for size in (1e-6, 0.0):
+        with torch.no_grad():
+            model.embed.weight[0] *= size
+        model.zero_grad()
+        model.observe(x[:, :-1], x[:, 1:], backward=True)
+        assert sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None) < 1e4**2
+        assert model.embed.weight.grad[0].any()
 
 
 @pytest.mark.parametrize("arch", ["hope", "hope-attention", "transformer++"])

@@ -211,7 +211,8 @@ def test_a_sample_needs_a_prompt_and_weights_that_are_numbers_and_shows_control_
     _, model, tokenizer, _ = found
     monkeypatch.setattr(train, "trained", lambda *args: found)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "generate", lambda *args, **how: torch.tensor([[*b"b\x07\x9b\n\tc", 0, 65]]))
+        said = [(torch.tensor([[byte]]), None) for byte in b"b\x07\x9b\n\tc\0"]
+        patch.setattr(model, "stream", lambda *args, **how: iter(said))
         assert train.sample_text(model, tokenizer, train.Command(prompt="a\x1b"), 0) == "a\\x1bb\\x07\ufffd\n\tc"
     with torch.no_grad():
         model.norm.weight.fill_(math.nan)
