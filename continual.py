@@ -111,6 +111,17 @@ def make_stages(o: dict[str, Any], seed: int) -> list[Stage]:
     return stages
 
 
+def summary(rows: list[list[float]]) -> tuple[list[float], float]:
+    """Of the accuracies on all stages met so far, after each: their means; and how much of the best there was is lost."""
+    lost = [max(row[j] for row in rows[j:-1]) - rows[-1][j] for j in range(len(rows) - 1)]
+    return [float(np.mean(row)) for row in rows], float(np.mean(lost))
+
+
+def missing_levels(n: int) -> str:
+    has = f"this model's CMS learns in context at {n} of the paper's 3 levels, and no more are measured"
+    return f"{has}; train one with three finite clocks, --cms 16,64,256,inf"
+
+
 class Learner:
     """A model that meets stages by `method`, each example `steps` times.
 

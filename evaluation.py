@@ -606,12 +606,9 @@ def run_continual(spec: str, subject: Subject, reader: Reader, options: Options,
 
     found: dict[str, list[tuple[list[float], float]]] = {}
     for (_, method), rows in zip(items, ask(items, compute)):
-        so_far = [float(np.mean(row)) for row in rows]
-        lost = [max(row[j] for row in rows[j:-1]) - rows[-1][j] for j in range(len(rows) - 1)]
-        found.setdefault(method, []).append((so_far, float(np.mean(lost))))
+        found.setdefault(method, []).append(continual.summary(rows))
     if len(written) < 3:
-        has = f"this model's CMS learns in context at {len(written)} of the paper's 3 levels, and no more are measured"
-        print(f"evaluation.py: {spec}: {has}; train one with three finite clocks, --cms 16,64,256,inf", file=sys.stderr)
+        print(f"evaluation.py: {spec}: {continual.missing_levels(len(written))}", file=sys.stderr)
     figures = []
     for method, pairs in found.items():
         curves, lost = np.array([curve for curve, _ in pairs]), [z for _, z in pairs]

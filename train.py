@@ -104,9 +104,8 @@ class TrainConfig:
     data: str = setting(
         "pydoc",
         "pydoc, shipped with Python; fineweb-edu, pg19, wikitext-103, tinystories; hf:NAME from the hub; files "
-        "and patterns with commas between: UTF-8, .jsonl, .parquet, .gz, .zst; what --prepare made; several of these by "
-        "share of tokens: NAME@0.8,NAME@0.2; "
-        "task:NAME,OPTION=VALUE,... of tasks.py",
+        "and patterns with commas between: UTF-8, .jsonl, .parquet, .gz, .zst; what --prepare made; several by share "
+        "of tokens: NAME@0.8,NAME@0.2; task:NAME,OPTION=VALUE,... of tasks.py",
     )
     data_config: str = setting("", "config of a data set of the hub, where it has several")
     data_split: str = setting("train", "split of a data set of the hub")
