@@ -71,7 +71,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def examples(kind: str, b: int, n: int, g: torch.Generator, split: str) -> Tensor:
     """n examples of each of ten classes, in b worlds that have nothing in common. (b, LABELS, n, LETTERS)
 
-    words: a class is a word, each letter of which is replaced by any other one with probability 1/4.
+    words: a class is a word, each letter of which is replaced by a random one with probability 1/4.
     digits: images, in an alphabet of the world's own: which number stands for a typical quadrant is drawn anew.
     """
     if kind == "words":
