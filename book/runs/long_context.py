@@ -1,9 +1,9 @@
 """The long runs of chapter 17: needles beyond the training length, levels of the CMS, a million tokens, position.
 
-    python book/runs/long_context.py needles      accuracy against length, gates, what survives; about 15 minutes of one core
-    python book/runs/long_context.py levels       more levels and slower ones (Fig. 7); 6 minutes
-    python book/runs/long_context.py million      Hope reads a million tokens of filler (Fig. 9); 4 minutes
-    python book/runs/long_context.py position     bits per byte against position; 4 minutes
+    python book/runs/long_context.py needles      accuracy against length, gates, what survives; about 18 minutes of one core
+    python book/runs/long_context.py levels       more levels and slower ones (Fig. 7); 5 minutes
+    python book/runs/long_context.py million      Hope reads a million tokens of filler (Fig. 9); 5 minutes
+    python book/runs/long_context.py position     bits per byte against position; 3 minutes
 
 Each writes long_context-PART.json beside this file, after every training, so that an interrupted run goes on where it
 stopped. --seeds 0,1 shows other seeds than 0, 1, 2; --quick tries everything in small and stores nothing. Learning rates
@@ -48,7 +48,8 @@ def stored(part: str) -> dict:
 
 
 def keep(part: str, name: str, row: dict) -> None:
-    found = {"command": f"python book/runs/long_context.py {part}", "seeds": SEEDS, "rates": RATES}
+    found = {"command": f"python book/runs/long_context.py {part}", "seeds": SEEDS}
+    found |= {"rates": RATES} if part == "needles" else {}
     found |= {"versions": {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__}}
     found |= {"rows": stored(part)["rows"] | {name: row}}
     result(part).write_text(json.dumps(found).replace('}, "', '},\n"') + "\n")
