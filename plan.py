@@ -234,7 +234,7 @@ def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: to
     """`rehearse` for the whole model and sequence; where that is much work, extended from shorter and thinner ones.
 
     All numbers of the layers are polynomials of how many they are and of the rounds of the CMS (a round is the slowest
-    level's chunk): linear in both, with attention quadratic in rounds. In its first round a layer keeps less than later.
+    level's chunk): linear in both, for attention quadratic in rounds. In its first round a layer keeps less than later.
     Those of the rest are linear in both.
     """
     c, t = model_config, config.seq_len
