@@ -433,8 +433,8 @@ class Source:
     """The text that --data names, piece by piece, always in the same order.
 
     A text file is one document and comes in pieces; a row of a jsonl or parquet file or of a data set is one. `tell()`
-    is the position after the last piece; iteration begins at the position `start`. With a filter a document comes whole,
-    and some do not: too short ones, too long ones, and those whose text was `seen` before.
+    is the position after the last piece; iteration begins at the position `start`. With a filter a document comes
+    whole, and some do not: too short ones, too long ones, and those whose text was `seen` before.
     """
 
     def __init__(self, config: TrainConfig):
@@ -895,8 +895,8 @@ def shares_of(data: str) -> dict[str, Fraction]:
 def place_in_mixture(i: int, shares: Sequence[Fraction]) -> tuple[int, int]:
     """Which source the i-th row is of, and the how many-th of that source.
 
-    Of any first n rows, the first source has its share of n, rounded down; what is left is shared among the others in the
-    same way. So two sources never are a row from their shares, and more of them less than two.
+    Of any first n rows, the first source has its share of n, rounded down; what is left is shared among the others in
+    the same way. So two sources never are a row from their shares, and more of them less than two.
     """
     left = sum(shares)
     for source, share in enumerate(shares):
@@ -910,7 +910,7 @@ def place_in_mixture(i: int, shares: Sequence[Fraction]) -> tuple[int, int]:
 class Mixture(Corpus):
     """Rows of several corpora by their shares, each in an order of its own.
 
-    Rows are equally long, so that tokens are shared as rows are; not so where documents are apart and short ones filled up.
+    Rows are equally long, so that tokens are shared as rows are; not where documents are apart and short ones filled up.
     """
 
     def __init__(self, config: TrainConfig, shares: dict[str, Fraction]):

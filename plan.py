@@ -102,10 +102,11 @@ def numel_bytes(values: Any) -> int:
 
 
 class Meter(TorchDispatchMode):
-    """Counts what `Cost` holds for every part of a model, with the bytes of all tensors that operations make while they live.
+    """Counts what `Cost` holds for every part of a model, and the bytes of tensors while they live.
 
-    torch's FlopCounterMode has hooks that stop `autograd.grad` to leaves, which the CMS needs; its table of operations serves.
-    An operation of a backward pass is of the part whose forward pass made the node that runs; autograd numbers its nodes.
+    torch's FlopCounterMode has hooks that stop `autograd.grad` to leaves, which the CMS needs; its table of operations
+    serves. An operation of a backward pass is of the part whose forward pass made the node that runs; autograd numbers
+    its nodes.
     """
 
     PARTS = ("memories", "CMS", "CMS writes", "norms and sums", "the rest")  # the first four are those of the layers
@@ -207,7 +208,7 @@ class Meter(TorchDispatchMode):
 
 
 def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, dtype: torch.dtype) -> dict[str, Cost]:
-    """One micro-batch of (rows, t) tokens, forward and backward, with tensors that have shapes but no numbers, by parts.
+    """One micro-batch of (rows, t) tokens, forward and backward, by parts: tensors have shapes but no numbers.
 
     Of the memories' chunks it is the plain form that is counted.
     """
@@ -233,8 +234,8 @@ def forecast(model_config: HopeConfig, config: TrainConfig, rows: int, dtype: to
     """`rehearse` for the whole model and sequence; where that is much work, extended from shorter and thinner ones.
 
     All numbers of the layers are polynomials of how many they are and of the rounds of the CMS (a round is the slowest
-    level's chunk): linear in both, with attention quadratic in rounds. In a layer's first round less is kept than in any
-    later one. Those of the rest are linear in both.
+    level's chunk): linear in both, for attention quadratic in rounds. In its first round a layer keeps less than later.
+    Those of the rest are linear in both.
     """
     c, t = model_config, config.seq_len
     unit, whole_round = min(c.clocks, default=t), max(c.clocks, default=t)
@@ -338,7 +339,8 @@ def print_plan(config: TrainConfig, model_config: HopeConfig, command: Command, 
     print(
         f"{config.arch}, size {config.size}: {size:,} parameters, of which {model.embed.weight.numel():,} embed tokens"
     )
-    print(f"a step: {config.batch_size} sequences of {config.seq_len} tokens on {on}, {rows} of a GPU's {share} at once, {dtype}\n")  # fmt: skip
+    at_once = f"{rows} of a GPU's {share} at once, {dtype}"
+    print(f"a step: {config.batch_size} sequences of {config.seq_len} tokens on {on}, {at_once}\n")
     table = {"ddp": (4 * size, 4 * size, optimizer)}
     if gpus > 1:
         whole = low * matrix + 4 * (size - matrix)  # gathered for the step
@@ -346,27 +348,28 @@ def print_plan(config: TrainConfig, model_config: HopeConfig, command: Command, 
     heads = ("GB per GPU", "parameters", "gradients", "optimizer", "states", "activations", "peak")
     print("{:<12}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}".format(*heads))
     for name, (weights, gradients, buffers) in table.items():
-        # Gradients come as activations go, so the rehearsed peak is less than their sum; from the second micro-batch on,
-        # all gradients are there from the start.
+        # Gradients come as activations go, so the rehearsed peak is less than their sum; from the second micro-batch
+        # on, all gradients are there from the start.
         most = max(peak, gradients) if share <= rows else gradients + max(0.0, peak - 4 * size) + state
         parts = (weights, gradients, buffers, state, max(0.0, peak - state - 4 * size), weights + buffers + most)
         print(f"{name:<12}" + "".join(f"{x / 1e9:>12.3f}" for x in parts))
     step = config.batch_size * config.seq_len
     tokens, flops = command.tokens or config.steps * step, (cost.float32 + cost.bfloat16) / (rows * config.seq_len)
-    print(f"\n{flops:.3g} operations a token, {flops / 6 / size:.2f} x 6 per parameter; {tokens:.3g} tokens are {tokens / step:,.0f} steps")  # fmt: skip
+    steps = f"{tokens:.3g} tokens are {tokens / step:,.0f} steps"
+    print(f"\n{flops:.3g} operations a token, {flops / 6 / size:.2f} x 6 per parameter; {steps}")
     print_time(cost, device, rows * config.seq_len)
     update = step_cost(model_config, config, make_optimizers)
     seconds = -(-share // rows) * cost.seconds(device) + update.seconds(device)
     speed, used = step / seconds, flops * step / gpus / seconds / device.bfloat16
-    print(
-        f"an optimizer's step: {update.launches:,.0f} launches, {update.moved:.3g} bytes, {update.seconds(device):.3g} s"
-    )
-    print(f"{gpus} x {device.name}: {speed:,.0f} tokens/s, {used:.1%} of the rate in bfloat16, {tokens / speed / 86400:.3g} days")  # fmt: skip
+    counts = f"{update.launches:,.0f} launches, {update.moved:.3g} bytes"
+    print(f"an optimizer's step: {counts}, {update.seconds(device):.3g} s")
+    days = f"{used:.1%} of the rate in bfloat16, {tokens / speed / 86400:.3g} days"
+    print(f"{gpus} x {device.name}: {speed:,.0f} tokens/s, {days}")
 
 
 def print_time(cost: Cost, device: Device, micro_batch: int) -> None:
-    """How long a micro-batch of so many tokens takes, and what takes longest in it: to give the device its operations, or
-    these themselves. What processes exchange once a step is left out."""
+    """How long a micro-batch of so many tokens takes, and what takes longest in it: to give the device its operations,
+    or these themselves. What processes exchange once a step is left out."""
     known = "measured" if device.measured else "assumed; tests/bench/gpu.json may hold what was measured"
     parts = {
         "bytes": (cost.by_bytes, f"of {cost.moved:.3g} at {device.bandwidth:.3g} a second"),

@@ -1,14 +1,16 @@
 """Does the arithmetic of `train.py --plan` foretell a step's time? Asked of this CPU, whose constants are measured first.
 
-    python tests/bench/forecast.py [--sizes tiny,60m] [--arch hope,transformer++] [--seq-len 256] [--optimizer muon] [--rounds 3]
+    python tests/bench/forecast.py [--sizes tiny,60m] [--arch hope,transformer++] [--seq-len 256] [--rounds 3]
+        [--optimizer muon]
 
-prints, for every architecture and size, a training step (forward and backward pass, clipping, optimizer) as foretold and as it is,
-in processor time of one thread; constants, forecasts and steps are taken in turn, so that what else the machine does falls on
-all of them alike. Constants are the same for all architectures: launches and views in a chain of small ones, and how much longer
-they take in narrow models of other architectures; bytes over a mix of the element-wise operations that models consist of, in
-the cache and beyond it; arithmetic of large products, and what a matrix of a batch costs beyond that. Foretold is .82 of Hope's
-step and .76 of Transformer++'s at size tiny, .89 and .93 at 60m (two sequences of 256 and 128 tokens). What is missing is not
-counted: convolutions and triangular solves far below the rate of large products, exponentials, data, Python between operations.
+prints, for every architecture and size, a training step (forward and backward pass, clipping, optimizer) as foretold
+and as it is, in processor time of one thread; constants, forecasts and steps are taken in turn, so that what else the
+machine does falls on all of them alike. Constants are the same for all architectures: launches and views in a chain of
+small ones, and how much longer they take in narrow models of other architectures; bytes over a mix of the element-wise
+operations that models consist of, in the cache and beyond it; arithmetic of large products, and what a matrix of a batch
+costs beyond that. Foretold is .82 of Hope's step and .76 of Transformer++'s at size tiny, .89 and .93 at 60m (two
+sequences of 256, and of 128 tokens with AdamW). What is missing is not counted: convolutions and triangular solves far
+below the rate of large products, exponentials, Python between operations.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ def measure(bench: Bench) -> plan.Device:
 
 
 def slowness(bench: Bench, arch: str, device: plan.Device) -> float:
-    """How much longer an operation of a narrow model takes than one of a loop that does the same again and again, whose code
-    and tensors are at hand."""
+    """How much longer an operation of a narrow model takes than one of a loop that does the same again and again, with
+    code and tensors at hand."""
     config = train.TrainConfig(arch=arch, seq_len=64)
     model_config = hope.HopeConfig.preset("tiny", arch, d_model=16, n_head=2, chunk=32)
     cost = plan.total(counted(lambda: plan.rehearse(model_config, config, 2, 64, torch.float32), device).values())

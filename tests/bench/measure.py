@@ -2,9 +2,10 @@
 
     python tests/bench/gpu.py --measure [--dry] [--out DIR] [--groups rates,kernels,...]
 
-Every group runs in a process of its own, since a bad kernel poisons its process, and has a limit; together they stop before
-9.5 minutes. Prints a table and writes one file, DIR/gpu.json, anew after every group: `device`, from which `train.py --plan`
-takes its constants where DIR is this folder, and `rows` by group. Needs torch, triton, einops, numpy, safetensors and tqdm.
+Every group runs in a process of its own, since a bad kernel poisons its process, and has a limit; together they stop
+before 9.5 minutes. Prints a table and writes one file, DIR/gpu.json, anew after every group: `device`, from which
+`train.py --plan` takes its constants where DIR is this folder, and `rows` by group. Needs torch, triton, einops, numpy,
+safetensors and tqdm.
 --dry does everything on a CPU, tiny, with the kernels in Triton's interpreter: its numbers say nothing.
 
     rates      launches, views, bandwidth, matrix products: the constants of --plan
@@ -286,7 +287,8 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 def train(bench: Bench) -> Iterator[Row]:
     """One rank of FSDP2 over NCCL (gloo): two steps, a checkpoint, and on from there."""
     size = ["--size", "tiny" if bench.dry else "60m", "--seq-len", "64" if bench.dry else "2048"]
-    how = "--tokenizer bytes --parallel fsdp --truncate --optimizer adamw --batch-size 2 --save-every 2 --eval-every 2".split()
+    how = "--tokenizer bytes --parallel fsdp --truncate --optimizer adamw --batch-size 2".split()
+    how += ["--save-every", "2", "--eval-every", "2"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "train_here.py")
