@@ -27,7 +27,7 @@ import hope
 import tasks
 
 RESULT = Path(__file__).with_suffix(".json")
-RATES = (0.01, 0.03, 0.1)
+RATES = {"languages": (0.01, 0.03, 0.1), "mad": (0.003, 0.01, 0.03)}
 
 LANGUAGES = tuple(tasks.LANGUAGES)
 BINS = ((1, 40), (41, 80), (81, 160))
@@ -130,15 +130,19 @@ def name_of(task: str, arch: str, lr: float, seed: int) -> str:
     return f"{task}; {arch}; {lr}; {seed}"
 
 
+def rates_of(task: str) -> tuple[float, ...]:
+    return RATES["mad" if task in MAD else "languages"]
+
+
 def best_rate(rows: dict, task: str, arch: str) -> float:
     """By seed 0 on selection rows."""
-    tried = {lr: rows[name_of(task, arch, lr, 0)] for lr in RATES}
-    return min(RATES, key=lambda lr: (-tried[lr]["selection"], tried[lr]["loss"]))
+    tried = {lr: rows[name_of(task, arch, lr, 0)] for lr in rates_of(task)}
+    return min(tried, key=lambda lr: (-tried[lr]["selection"], tried[lr]["loss"]))
 
 
 def shown(rows: dict, task: str, arch: str, seeds: tuple[int, ...] = (0, 1, 2)) -> list[dict]:
     """The rows of these seeds at the best rate, those that there are; none before all rates are tried."""
-    if any(name_of(task, arch, lr, 0) not in rows for lr in RATES):
+    if any(name_of(task, arch, lr, 0) not in rows for lr in rates_of(task)):
         return []
     names = [name_of(task, arch, best_rate(rows, task, arch), seed) for seed in seeds]
     return [rows[name] for name in names if name in rows]
@@ -148,7 +152,7 @@ def missing(rows: dict, part: str, seeds: tuple[int, ...], chosen: list[str]) ->
     """The next trainings to do, one architecture after the other: three rates, then the other seeds at the best."""
     _, names, archs = PARTS[part]
     for arch in chosen or archs:
-        tuning = [(task, arch, lr, 0) for task in names for lr in RATES]
+        tuning = [(task, arch, lr, 0) for task in names for lr in rates_of(task)]
         if todo := [key for key in tuning if name_of(*key) not in rows]:
             return todo
         wanted = [(task, arch, best_rate(rows, task, arch), seed) for seed in seeds for task in names]
