@@ -355,9 +355,15 @@ def scorecard() -> str:
         f"| [{spoken(s.label)}](#{s.label}) | [{number(s.text)}]({s.text.stem}.ipynb) | {s.status} | {s.name} |"
         for s in ordered
     ]
+    sentence = lambda words: f"{words[0].upper()}{words[1:]}."
     for s in ordered:
-        rows += ["", f"## {spoken(s.label)}: {s.status}", "", f"{s.name} ([chapter {number(s.text)}](#{s.label}))."]
-        rows += ["", f"**The paper.** {s.paper}", "", f"**Here.** {s.ours}", "", f"**Seeds.** {s.seeds}"]
+        rows += [
+            "",
+            f"## {spoken(s.label)}: {s.status}",
+            "",
+            f"{sentence(s.name)} [Chapter {number(s.text)}](#{s.label}).",
+        ]
+        rows += ["", f"**The paper.** {sentence(s.paper)}", "", f"**Here.** {sentence(s.ours)} Seeds: {s.seeds}."]
         rows += ["", f"**Again.** `{s.command}`"]
     return "\n".join(rows)
 
