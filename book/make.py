@@ -374,7 +374,8 @@ COLLECTED = {"contents": contents, "equations": equations, "errata": all_errata,
 @functools.cache
 def places() -> dict[str, str]:
     """The page of each label."""
-    return {label: text.stem for text in texts() for label in labels(text)}
+    found = r"(?m)^\(([a-z][\w-]*)\)=$"  # those of the scorecard and of sections as well
+    return {label: text.stem for text in texts() for label in re.findall(found, text.read_text())}
 
 
 def from_text(text: Path, site: bool = False) -> nbformat.NotebookNode:
