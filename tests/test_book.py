@@ -79,7 +79,8 @@ def test_a_label_stands_in_one_place_and_its_tag_agrees() -> None:
 
 # The chapters are run twice: by pytest --nbval as their readers do, and here without Triton and with the reference kernels.
 WITHOUT_TRITON = (
-    "import runpy, sys; sys.modules['triton'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    "import os, runpy, sys; sys.modules['triton'] = None; del sys.argv[0]; "
+    "sys.path.insert(0, os.path.dirname(sys.argv[0])); runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
 

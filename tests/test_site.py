@@ -66,7 +66,7 @@ def address(site: Path) -> Iterator[str]:
     server.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # of a process there may be one at a time, and test_demo.py has its own
 def browser() -> Iterator:
     if CHROMIUM is None:
         pytest.skip("no chromium on the PATH; install it to test the pages (apt-get install chromium)")
