@@ -81,6 +81,7 @@ import yaml
 from jupytext.myst import MystMetadataParsingError
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from plain import LABEL as MARK
 from plain import plain
 
 BOOK = Path(__file__).resolve().parent
@@ -374,8 +375,7 @@ COLLECTED = {"contents": contents, "equations": equations, "errata": all_errata,
 @functools.cache
 def places() -> dict[str, str]:
     """The page of each label."""
-    found = r"(?m)^\(([a-z][\w-]*)\)=$"  # those of the scorecard and of sections as well
-    return {label: text.stem for text in texts() for label in re.findall(found, text.read_text())}
+    return {label: text.stem for text in texts() for label in re.findall(MARK, text.read_text())}
 
 
 def from_text(text: Path, site: bool = False) -> nbformat.NotebookNode:

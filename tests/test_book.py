@@ -29,6 +29,8 @@ make = load(BOOK)
 CHAPTERS = make.chapters()
 by_name = pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.stem)
 
+NUMBER = r"\d+\.\d+(?:e[+-]?\d+)?"  # with a decimal point, as prose cites it
+
 # Which of the paper's equations and unnumbered claims a chapter answers for, once it exists.
 span = lambda first, last: [f"eq-{n}" for n in range(first, last + 1)]
 EXPECTED = {
@@ -111,7 +113,7 @@ def test_the_size_of_an_erratum_is_what_its_check_prints(text: Path) -> None:
             for output in cells[check.cell].outputs
             for number in re.findall(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?", output.get("text", ""))
         }
-        said = re.findall(r"\d+\.\d+(?:e[+-]?\d+)?", erratum.fields["Size"])
+        said = re.findall(NUMBER, erratum.fields["Size"])
         assert said and set(said) <= printed, f"{erratum.title}: {sorted(set(said) - printed)} are not printed"
 
 
@@ -141,8 +143,8 @@ def test_a_result_of_the_scorecard_is_what_its_cell_prints(text: Path) -> None:
     cells = nbformat.read(BOOK / f"{text.stem}.ipynb", as_version=4).cells
     for score in make.scores(text):
         printed = " ".join(output.get("text", "") for output in cells[score.cell].outputs)
-        said = set(re.findall(r"\d+\.\d+(?:e[+-]?\d+)?", score.ours))
-        assert said <= set(re.findall(r"\d+\.\d+(?:e[+-]?\d+)?", printed)), f"{score.label}: {said} in {printed}"
+        said = set(re.findall(NUMBER, score.ours))
+        assert said <= set(re.findall(NUMBER, printed)), f"{score.label}: {said} in {printed}"
 
 
 def test_the_appendices_list_every_check_and_every_erratum() -> None:
