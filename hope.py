@@ -487,6 +487,7 @@ class Memory(SequenceLayer):
             self._make_start(part, len(self.adaptive) if part == "proj" else 1)
         # Parts with one clock are run together, as one group, the main memory last: group -> its parts.
         self.groups = {"main": self.parts} if c.chunk == c.chunk_proj else {part: [part] for part in self.parts}
+        self.clocks = {"proj": c.chunk_proj, "main": c.chunk}
         self._start_conv_as_identity()
 
     @staticmethod
@@ -526,8 +527,15 @@ class Memory(SequenceLayer):
 
     def restart_graph(self, state: MemoryState) -> MemoryState:
         """The same state as values, as a detached change of the start state: gradients reach that and nothing else."""
-        graft = lambda now, start: now.detach() + (start - start.detach())
-        return map_state(graft, state, self.init_state(state.main.now[0].shape[0]))
+        new = map_state(Tensor.detach, state)
+        for name in self.groups:
+            starts = [self._joined(name, layer) for layer in range(self.config.depth)]
+            graft = lambda weights: [w + (start - start.detach()) for w, start in zip(weights, starts)]
+            group = getattr(new, name)
+            ended = state.t % self.clocks[name] == 0  # the anchor is not read any more
+            group = replace(group, now=graft(group.now), anchor=group.anchor if ended else graft(group.anchor))
+            new = replace(new, **{name: group})
+        return new
 
     def forward(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """x: (b, t, d) -> y (b, t, d) and the state after its last token. Any cut of x gives the same y."""
@@ -563,13 +571,12 @@ class Memory(SequenceLayer):
                 streams[name] = GATES[name](gate(x))
         streams = {name: in_float32(z) for name, z in streams.items()}
         some = next(iter(streams.values()))
-        ones = some.new_ones(some.shape[:3])
         if c.step == "one":
-            streams["eta"] = ones
+            streams["eta"] = some.new_ones(some.shape[:3])
         if c.decay == "none":
-            streams["alpha"] = ones
+            streams["alpha"] = some.new_ones(some.shape[:3])
         elif c.decay == "fixed":  # RetNet's
-            streams["alpha"] = ones * fixed_retention(c.n_head, x.device)[:, None]
+            streams["alpha"] = some.new_ones(some.shape[:3]) * fixed_retention(c.n_head, x.device)[:, None]
         return streams
 
     def _scan(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
@@ -582,7 +589,7 @@ class Memory(SequenceLayer):
         for i, (n, span) in enumerate(zip(lengths, spans)):
             # The last span's graph is needed first, and is no larger than the one recomputed after it.
             if i + 1 < len(spans) and torch.is_grad_enabled():
-                y, groups = checkpoint(self._span, span, groups, t, use_reentrant=False)
+                y, groups = checkpoint(self._span, span, groups, t, use_reentrant=False, preserve_rng_state=False)
             else:
                 y, groups = self._span(span, groups, t)
             ys.append(y)
@@ -591,12 +598,11 @@ class Memory(SequenceLayer):
 
     def _span(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
         """Any number of tokens from time t on: streams (b, h, s, e), gates (b, h, s) -> y (b, h, s, e), new groups."""
-        clocks, ys = {"proj": self.config.chunk_proj, "main": self.config.chunk}, []
-        some = next(iter(streams.values()))
-        lengths = piece_lengths(t, some.shape[2], list(clocks.values()))
+        ys, some = [], next(iter(streams.values()))
+        lengths = piece_lengths(t, some.shape[2], list(self.clocks.values()))
         for n, piece in zip(lengths, cut_streams(streams, lengths)):
             for name, group in groups.items():
-                if t % clocks[name] == 0:
+                if t % self.clocks[name] == 0:
                     groups = {**groups, name: replace(group, anchor=group.now)}
             compiled = self.compiled and n == self.config.chunk and not uses_triton(some)
             step = compiled_step() if compiled else Memory._write_and_read

@@ -1097,13 +1097,13 @@ def _begins(lead: tuple, layouts: tuple, device: torch.device) -> Tensor:
     """
     columns = []
     for layout in layouts:
-        at = torch.zeros((), dtype=torch.int64)
+        at = torch.zeros((), dtype=torch.int64, device=device)
         for size, stride in zip(*layout):
-            at = at.unsqueeze(-1) + stride * torch.arange(size)
+            at = at.unsqueeze(-1) + stride * torch.arange(size, device=device)
         if at.ndim and at.shape[-1] not in (1, lead[-1]):
             at = F.pad(at, (lead[-1] - at.shape[-1], 0))
         columns.append(at.expand(lead).reshape(-1))
-    return torch.stack(columns, -1).contiguous().to(device)
+    return torch.stack(columns, -1).contiguous()
 
 
 class _TritonChunk(torch.autograd.Function):
