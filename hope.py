@@ -7,9 +7,9 @@ version's. In the order of this file:
     Memory, Attention              sequence layers: `Memory.preset("hope", d_model=256)`
     MLP, CMS, Block, Hope          the model: `forward` reads a stream, `observe` learns from it, `generate` goes on
 
-What a model may be is said in settings.py (`hope.MemoryConfig`, `hope.HopeConfig`). kernels.py computes the writes.
-What works on a model without being a part of it stands elsewhere, and is found here as well: `hope.levels` in
-levels.py, `hope.load` and `hope.from_pretrained` in pretrained.py. train.py comes next.
+What a model may be is said in settings.py (`hope.MemoryConfig`, `hope.HopeConfig`). inner.py reads a memory as it
+stands, kernels.py computes the writes. What works on a model without being a part of it stands elsewhere, and is found
+here as well: `hope.levels` in levels.py, `hope.load` and `hope.from_pretrained` in pretrained.py. train.py comes next.
 
 What to know before reading:
 
@@ -44,7 +44,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from kernels import EPS, chunk_gates, dgd_chunk, in_float32, memory_scan, scans, uses_triton
+from inner import apply_memory, inner_gradients, layer_norm, unit
+from kernels import chunk_gates, dgd_chunk, in_float32, memory_scan, scans, uses_triton
 from settings import INF, HopeConfig, MemoryConfig, require
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
@@ -299,46 +300,6 @@ def rotate(x: Tensor, start: int, theta: float = 10000.0) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def unit(x: Tensor) -> Tensor:
-    """x: (..., e) at length 1, or times 1 / `kernels.EPS` where it is shorter than that: what is 0 has a gradient."""
-    return F.normalize(x, dim=-1, eps=EPS)
-
-
-def layer_norm(y: Tensor) -> tuple[Tensor, Tensor]:
-    """y: (..., e) with mean 0 and spread 1, or less where its own was not far above EPS; and what it was divided by."""
-    std = (y.var(-1, correction=0, keepdim=True) + EPS**2).sqrt()
-    return (y - y.mean(-1, keepdim=True)) / std, std
-
-
-def apply_memory(layers: Sequence[Tensor], x: Tensor, norm: bool = False) -> Tensor:
-    """Read memories of weights (b, h, n, o, i) at x (b, h, n or 1, c, i): M x, or x + W1 silu(W2 x) (eq. 89)."""
-    if len(layers) == 1:
-        return x @ layers[0].mT
-    w2, w1 = layers
-    y = F.silu(x @ w2.mT) @ w1.mT
-    return x + (layer_norm(y)[0] if norm else y)
-
-
-def inner_gradients(
-    layers: Sequence[Tensor], k: Tensor, v: Tensor, objective: str, norm: bool = False
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per layer its input x (..., c, i), what it makes of it, W x, and the inner loss's gradient there (..., c, o)."""
-    if len(layers) == 1:
-        y = k @ layers[0].mT
-        return [(k, y, y - v if objective == "l2" else -v)]
-    w2, w1 = layers
-    z = k @ w2.mT
-    gate = torch.sigmoid(z)
-    hidden = z * gate
-    out = y = hidden @ w1.mT
-    if norm:
-        y, std = layer_norm(y)
-    d1 = k + y - v if objective == "l2" else -v
-    if norm:  # through the layer norm
-        d1 = (d1 - d1.mean(-1, keepdim=True) - y * (d1 * y).mean(-1, keepdim=True)) / std
-    return [(k, z, (d1 @ w1) * (gate * (1 + z - hidden))), (hidden, out, d1)]
-
-
 # A gate's learnt number becomes a step size above 0, or a retention between 0 and 1.
 GATES = {"eta": F.softplus, "alpha": torch.sigmoid, "theta": torch.sigmoid}
 
@@ -531,8 +492,7 @@ class Memory(SequenceLayer):
         for name in self.groups:
             starts = [self._joined(name, layer) for layer in range(self.config.depth)]
             graft = lambda weights: [w + (start - start.detach()) for w, start in zip(weights, starts)]
-            group = getattr(new, name)
-            ended = state.t % self.clocks[name] == 0  # the anchor is not read any more
+            group, ended = getattr(new, name), state.t % self.clocks[name] == 0  # then the anchor is not read any more
             group = replace(group, now=graft(group.now), anchor=group.anchor if ended else graft(group.anchor))
             new = replace(new, **{name: group})
         return new
@@ -641,7 +601,8 @@ class Memory(SequenceLayer):
         theta = streams["theta"].unsqueeze(2) if c.momentum else None
         if c.decay_first:  # gradients are divided by alpha below; so little of a state is as good as nothing
             alpha = alpha.clamp(min=1e-3)
-        gates = None if uses_triton(k) else chunk_gates(alpha, theta, ema=True)  # kernels make their own
+        alone = k.shape[3] == 1 and not torch.is_grad_enabled()  # needs none, and kernels make their own
+        gates = None if alone or uses_triton(k) else chunk_gates(alpha, theta, ema=True)
         written, inner_read = {}, None
         for name, group in groups.items():
             query = q if name == "main" and c.read != "chunk" else None

@@ -21,7 +21,7 @@ from data import HUB, file_sha256, signed, write_atomically
 from hope import Hope
 
 CODE = Path(__file__).parent
-MODULES = "hope", "settings", "kernels", "backend"  # that the model needs
+MODULES = "hope", "settings", "inner", "kernels", "backend"  # that the model needs
 CLASSES = {"AutoConfig": "HopeModelConfig", "AutoModelForCausalLM": "HopeForCausalLM"}
 LOCAL = {"out": "", "data_dir": "data", "tokenizer": "", "init_from": "", "device": "auto"}  # settings that hold paths
 CARD = """\

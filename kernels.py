@@ -38,13 +38,13 @@ EPS = 0.1
 
 class Gates(NamedTuple):
     """What the gates of a chunk of c tokens make of its writes, for every time t = 0..c and token s = 1..c; the letters
-    are those of the derivation: D and T, the products of consecutive alpha and theta. Without momentum, two."""
+    are those of the derivation: D and T, the products of consecutive alpha and theta. Without momentum, the first."""
 
-    gamma: Tensor  # (..., c + 1): what is left at t of the memory at the start
-    decay: Tensor  # (..., c + 1, c), D: what is left at t of a write at s
-    gain: Tensor | None = None  # (..., c + 1, c), D T: the same of a write that enters through the momentum
-    gain_m: Tensor | None = None  # (..., c + 1), D Theta: what the momentum at the start has added by t
+    retain: Tensor  # (..., c + 1, c + 1): gamma, what is left at t of the memory at the start, then D, of a write at s
+    through: Tensor | None = None  # the same by way of the momentum: gain_m = D Theta, then gain = D T
     keep: Tensor | None = None  # (..., c + 1): what the momentum keeps at the end of its start, and of the writes to it
+    gamma = property(lambda self: self.retain[..., 0])
+    decay = property(lambda self: self.retain[..., 1:])
 
 
 def in_float32(z: Tensor) -> Tensor:
@@ -52,34 +52,40 @@ def in_float32(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
-def _segment_products(a: Tensor) -> Tensor:
-    """Products of consecutive gates. a: (..., c) -> (..., c + 1, c + 1), entry [t, s] = a_{s+1} ... a_t, 0 for s > t.
+class _SegmentProducts(torch.autograd.Function):
+    """Products of consecutive gates. a: (..., c) -> P (..., c + 1, c + 1), P[t, s] = a_{s+1} ... a_t, 0 for s > t.
 
-    Products rather than differences of cumulative logarithms: a gate of exactly 0 is legal and must not give NaN.
+    Not differences of cumulative logarithms: a gate of exactly 0 is legal and must not give NaN. Nor does the backward
+    pass divide by a gate: without a_r, P[t, s] is P[t, r] P[r - 1, s].
     """
-    c = a.shape[-1]
-    lower = torch.ones(c + 1, c + 1, dtype=torch.bool, device=a.device).tril()
-    factors = torch.where(lower[:c], a.unsqueeze(-1), 1.0)
-    products = F.pad(factors.cumprod(-2), (0, 0, 1, 0), value=1.0)
-    # Products too small to matter become 0, since denormal numbers slow a CPU down; true zeros keep their gradient.
-    return torch.where(lower & ((products > 1e-30) | (products == 0)), products, 0.0)
+
+    @staticmethod
+    def forward(ctx, a):
+        c = a.shape[-1]
+        lower = torch.ones(c, c + 1, dtype=torch.bool, device=a.device).tril()
+        P = F.pad(torch.where(lower, a.unsqueeze(-1), 1.0).cumprod(-2), (0, 0, 1, 0), value=1.0)
+        P = F.threshold(P, 1e-30, 0.0).tril()  # what is too small to matter: denormal numbers slow a CPU down
+        ctx.save_for_backward(P)
+        return P
+
+    @staticmethod
+    def backward(ctx, g):
+        (P,) = ctx.saved_tensors
+        with torch.autocast(P.device.type, enabled=False):
+            return (P[..., 1:] * (g @ P.mT)[..., :-1]).sum(-2)
 
 
 def chunk_gates(alpha: Tensor, theta: Tensor | None, ema: bool = False) -> Gates:
     """`Gates` of alpha and theta, each (..., c), in float32 at least. With `ema` a write enters the momentum with
     weight 1 - theta, which makes it an average of the last gradients, not their sum."""
-    alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
-    retain = _segment_products(alpha)
-    gamma, decay = retain[..., :, 0], retain[..., :, 1:]
+    alpha = in_float32(alpha)
     if theta is None:
-        return Gates(gamma, decay)
-    theta = theta.to(torch.promote_types(theta.dtype, alpha.dtype))
-    momentum = _segment_products(theta)
+        return Gates(_SegmentProducts.apply(alpha))
+    alpha, theta = torch.broadcast_tensors(alpha, in_float32(theta))
+    retain, momentum = _SegmentProducts.apply(torch.stack([alpha, theta])).unbind()
     if ema:
-        weight = torch.cat([torch.ones_like(theta[..., :1]), 1 - theta], -1)
-        momentum = momentum * weight.unsqueeze(-2)
-    through = decay.to(theta.dtype) @ momentum[..., 1:, :]
-    return Gates(gamma, decay, through[..., 1:], through[..., 0], momentum[..., -1, :])
+        momentum = momentum * F.pad(1 - theta, (1, 0), value=1.0).unsqueeze(-2)
+    return Gates(retain, retain[..., 1:] @ momentum[..., 1:, :], momentum[..., -1, :])
 
 
 # What is the same for all tokens of a chunk, see `dgd_chunk`.
@@ -147,131 +153,134 @@ def _check_chunk(*inputs: Tensor | None) -> None:
 class _Layout(NamedTuple):
     """How several memories lie in the tensors of a chunk, and which of them are read when.
 
-    Tensors broadcast along `lead`, the leading dimensions of all memories together: what memories share is there once.
-    """
+    Tensors broadcast along `lead`, the leading dimensions of all memories together. Rows of memories, which have tokens
+    as their last axis, do not depend on each other. So memories side by side (the last dimension of `lead`) that share
+    inputs, steps and gates are `joined`, computed as one that has the rows of all."""
 
     lead: torch.Size
+    o: int  # rows of a memory
+    joined: bool
     readers: int | None
     times: slice  # of the times 0..c those of the reads: without the last one, or without the first
 
-    def flat(self, z: Tensor) -> Tensor:
-        """(..., a, b) -> (n, a, b), one for each memory."""
-        return z.expand(*self.lead, *z.shape[-2:]).reshape(self.lead.numel(), *z.shape[-2:])
+    def rows(self, z: Tensor) -> Tensor:
+        """(..., o, k) -> (*lead, o, k), or (..., 1, n o, k) if joined."""
+        z = z.expand(*self.lead, *z.shape[-2:])
+        return z.reshape(*self.lead[:-1], 1, self.lead[-1] * self.o, z.shape[-1]) if self.joined else z
 
-    def whole(self, z: Tensor) -> Tensor:
-        """The inverse of `flat`."""
-        return z.view(*self.lead, *z.shape[-2:])
+    def apart(self, z: Tensor) -> Tensor:
+        """The inverse, also of the rows that are read."""
+        return z.unflatten(-2, (-1, self.o)).squeeze(-4) if self.joined else z
 
     def read(self, z: Tensor) -> Tensor:
-        """The part of z (..., n or 1, a, b) that belongs to the memories that are read."""
+        """The part of z (..., n or 1, a, b), made of inputs, that belongs to the memories that are read."""
         return z if self.readers is None or z.shape[-3] == 1 else z[..., -self.readers :, :, :]
+
+    def read_rows(self, z: Tensor) -> Tensor:
+        """The same of what `rows` gives."""
+        joined = self.joined and self.readers is not None
+        return z[..., z.shape[-2] - self.readers * self.o :, :] if joined else self.read(z)
 
 
 def _reference(M, m, X, D, Q, eta, alpha, theta, rule: _Rule, gates: Gates | None = None, MX: Tensor | None = None):
-    """`dgd_chunk` in plain PyTorch: what is left of the state at the start. What the chunk writes is in `_writes`."""
+    """`dgd_chunk` in plain PyTorch: types and shapes. What it computes is in `_plain_chunk`."""
     tensors = [z for z in (M, m, X, D, Q, eta, alpha, theta) if z is not None]
     dtype = reduce(torch.promote_types, {z.dtype for z in tensors}, torch.float32)
     to = lambda z: None if z is None else z.to(dtype)
-    c = X.shape[-2]
+    c, MX = X.shape[-2], MX if rule.delta else None
     with torch.autocast(X.device.type, enabled=False):
-        M, m, X, D, Q, eta, MX = (to(z) for z in (M, m, X, D, Q, eta, MX))
-        gates = Gates(*(to(z) for z in (chunk_gates(to(alpha), to(theta), rule.ema) if gates is None else gates)))
-        shaped = M, m, X, D, eta.unsqueeze(-1), gates.decay, gates.gain, Q if rule.readers is None else None
+        M, m, X, D, Q, eta, alpha, theta, MX = (to(z) for z in (M, m, X, D, Q, eta, alpha, theta, MX))
+        m = torch.zeros_like(M) if m is None and theta is not None else m
+        if c == 1 and not torch.is_grad_enabled():  # for one token the loop is the shortest
+            return dgd_loop(M, X, D, eta, alpha, m=m, theta=theta, Q=Q, **rule._asdict())
+        retain, through, keep = map(to, gates or chunk_gates(alpha, theta, rule.ema))
+        inputs = [X, eta.unsqueeze(-1), retain]
+        shaped = [M, D, *inputs, m, Q if rule.readers is None else None]
         lead = torch.broadcast_shapes(*(z.shape[:-2] for z in shaped if z is not None))
-        times = slice(1, c + 1) if rule.inclusive else slice(0, c)
-        layout = _Layout(lead, rule.readers, times)
-
-        M_left = gates.gamma[..., c:, None] * M  # gamma_c M_0 + (D Theta)_c m_0, and the same of m
-        m_left = at_X = at_Q = None
-        if m is not None:
-            M_left = torch.addcmul(M_left, gates.gain_m[..., c:, None], m)
-            m_left = gates.keep[..., :1, None] * m
-        if rule.delta:  # of the same, what tokens find at x_t before they write
-            at_X = gates.gamma[..., :c, None] * (X @ M.mT if MX is None else MX)
-            if m is not None:
-                at_X = torch.addcmul(at_X, gates.gain_m[..., :c, None], X @ m.mT)
-        if Q is not None:  # and at q_t when it is read
-            at_Q = layout.read(gates.gamma[..., times, None]) * (Q @ layout.read(M).mT)
-            if m is not None:
-                at_Q = torch.addcmul(at_Q, layout.read(gates.gain_m[..., times, None]), Q @ layout.read(m).mT)
-        keep = None if gates.keep is None else gates.keep[..., 1:]
-        return _Writes.apply(M_left, m_left, at_X, at_Q, X, D, eta, Q, gates.decay, gates.gain, keep, layout)
+        shared = all(z is None or z.dim() < 3 or z.shape[-3] == 1 for z in (*inputs, Q))
+        joined = shared and len(lead) > 0 and lead[-1] > 1 and M.shape[-2] > 0
+        layout = _Layout(lead, M.shape[-2], joined, rule.readers, slice(+rule.inclusive, c + rule.inclusive))
+        return _PlainChunk.apply(M, m, X, D, eta, Q, MX, retain, through, keep, rule.delta, layout)
 
 
-def _writes(M_left, m_left, at_X, at_Q, X, D, eta, Q, decay, gain, keep, layout: _Layout):
-    """A chunk's writes, and what is read of them, on top of what is left of the start: of memory and momentum at the
-    end, of their reads at X and Q. In the letters of `Gates`, with  Xe = eta X,  S = X Xe^T,  S_Q = Q Xe^T,  by rows:
+def _add_product(z: Tensor, a: Tensor, b: Tensor, by: float = 1.0) -> Tensor:
+    """z += by a b, summed over what z shares; in one operation where there is nothing to sum. Returns z."""
+    lead = z.shape[:-2]
+    if z.is_contiguous() and torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]) == lead:
+        flat = lambda y: y.expand(*lead, *y.shape[-2:]).reshape(lead.numel(), *y.shape[-2:])
+        flat(z).baddbmm_(flat(a), flat(b), alpha=by)
+        return z
+    return z.add_((a @ b).sum_to_size(z.shape), alpha=by)
 
-        (1 + D S) P = at_X - (D T  S) Delta                   p_t = M_{t-1} x_t; D S and D T S entry by entry
+
+def _plain_chunk(M, m, X, D, eta, Q, MX, retain, through, keep, delta: bool, layout: _Layout):
+    """A chunk. In the letters of `Gates`, with  Xe = eta X,  S = X Xe^T,  S_Q = Q Xe^T,  and tokens as columns of
+    P and of Delta, the gradients D:
+
+        P (1 + D S)^T = M (gamma X)^T + m (gain_m X)^T - Delta (D T  S)^T           p_t = M_{t-1} x_t
         V = D_c P + (D T)_c Delta                             what is written at every token, as M has it at the end
-        M = M_left - V^T Xe,    m = m_left - (T_c Delta)^T Xe
-        R = at_Q - (D T  S_Q) Delta - (D S_Q) P
+        M_c = gamma_c M + gain_m_c m - V Xe,    m_c = keep_0 m - Delta (keep Xe)
+        R = M (gamma Q)^T + m (gain_m Q)^T - Delta (D T  S_Q)^T - P (D S_Q)^T
 
-    Delta is `D` in code, D `decay`, D T `gain` (decay without momentum), T_c `keep`.
-
-    Returns M, m, R and, for the backward pass, P, (1 + D S)^-1 and V.
+    Gates multiply entry by entry, those of the reads at their times; X and Q rather than M, of which there is more.
+    D T is D without momentum. Returns memory, momentum and reads, and for the backward pass P, (1 + D S)^-1 and V.
     """
-    c, flat, whole, read = X.shape[-2], layout.flat, layout.whole, layout.read
-    gain = decay if gain is None else gain
+    c, rows, read, read_rows, times = X.shape[-2], layout.rows, layout.read, layout.read_rows, layout.times
+    gains = retain if through is None else through
+    gamma, decay, gain_m, gain = retain[..., :1], retain[..., 1:], gains[..., :1], gains[..., 1:]
     Xe = eta.unsqueeze(-1) * X
-    flat_D, flat_Xe = flat(D), flat(Xe)
-    P = inverse = m = R = None
-    V = flat(gain[..., c, :, None]) * flat_D
-    if at_X is not None:
+    M, m, Delta = rows(M), None if m is None else rows(m), rows(D.mT)
+    P = inverse = m_end = R = None
+    V = gain[..., c:, :] * Delta
+    if delta:
+        at_X = M @ (gamma[..., :c, :] * X).mT if MX is None else gamma[..., :c, :].mT * rows(MX.mT)
+        at_X = at_X if m is None else _add_product(at_X, m, (gain_m[..., :c, :] * X).mT)
         S = X @ Xe.mT
         A = decay[..., :c, :] * S
         eye = torch.eye(c, dtype=A.dtype, device=A.device).expand_as(A)
         inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
-        P = flat(inverse) @ torch.baddbmm(flat(at_X), flat(gain[..., :c, :] * S), flat_D, alpha=-1)
-        V = torch.addcmul(V, flat(decay[..., c, :, None]), P)
+        P = _add_product(at_X, Delta, (gain[..., :c, :] * S).mT, -1) @ inverse.mT
+        V = torch.addcmul(V, decay[..., c:, :], P)
+    M_end = gamma[..., c:, :] * M
+    if m is not None:
+        M_end = torch.addcmul(M_end, gain_m[..., c:, :], m)
+        m_end = layout.apart(_add_product(keep[..., None, :1] * m, Delta, keep[..., 1:, None] * Xe, -1))
+    M_end = layout.apart(_add_product(M_end, V, Xe, -1))
     if Q is not None:
         S_Q = Q @ read(Xe).mT
-        R = (-read(gain[..., layout.times, :]) * S_Q) @ read(whole(flat_D))
-        R = R if at_Q is None else at_Q + R
-        if P is not None:
-            R = R - (read(decay[..., layout.times, :]) * S_Q) @ read(whole(P))
-    # The second derivative asks for what is written alone, without what is left.
-    less = lambda left, v: v.mT @ -flat_Xe if left is None else torch.baddbmm(flat(left), v.mT, flat_Xe, alpha=-1)
-    M = whole(less(M_left, V))
-    if keep is not None:
-        m = whole(less(m_left, flat(keep.unsqueeze(-1)) * flat_D))
-    return M, m, R, P, inverse, V
+        R = read_rows(M) @ (read(gamma[..., times, :]) * Q).mT
+        R = R if m is None else _add_product(R, read_rows(m), (read(gain_m[..., times, :]) * Q).mT)
+        R = _add_product(R, read_rows(Delta), (read(gain[..., times, :]) * S_Q).mT, -1)
+        R = _add_product(R, read_rows(P), (read(decay[..., times, :]) * S_Q).mT, -1) if delta else R
+        R = layout.apart(R).mT
+    return M_end, m_end, R, P, inverse, V
 
 
-class _Writes(torch.autograd.Function):
-    """`_writes` with a backward pass by hand, which saves a fifth of autograd's time and a quarter of its memory.
-
-    Where memories share their input, whatever belongs to the input is summed over them before it is used.
-    """
+class _PlainChunk(torch.autograd.Function):
+    """`_plain_chunk` with a backward pass by hand, which takes less than half of autograd's operations and memory."""
 
     @staticmethod
-    def forward(ctx, M_left, m_left, at_X, at_Q, X, D, eta, Q, decay, gain, keep, layout):
-        M, m, R, P, inverse, V = _writes(M_left, m_left, at_X, at_Q, X, D, eta, Q, decay, gain, keep, layout)
-        ctx.save_for_backward(at_X, X, D, eta, Q, decay, gain, keep, P, inverse, V)
-        ctx.layout, ctx.device = layout, X.device.type
-        ctx.left = [None if z is None else z.shape for z in (M_left, m_left, at_Q)]  # their gradient is the result's
+    def forward(ctx, *inputs):
+        M, m, R, *made = _plain_chunk(*inputs)
+        ctx.delta, ctx.layout = inputs[-2:]
+        ctx.save_for_backward(*inputs[:-2], *made)
         ctx.set_materialize_grads(False)
         return M, m, R
 
     @staticmethod
-    def backward(ctx, dM, dm, dR):
-        with torch.autocast(ctx.device, enabled=False):
-            at_X, *inputs, P, inverse, V = ctx.saved_tensors
-            dM_left, dm_left, d_at_Q = (
-                None if shape is None or d is None else d.sum_to_size(shape) for shape, d in zip(ctx.left, (dM, dm, dR))
-            )
+    def backward(ctx, *grads):
+        *inputs, P, inverse, V = ctx.saved_tensors
+        with torch.autocast(inputs[0].device.type, enabled=False):
             if torch.is_grad_enabled():  # a second derivative is wanted
-                again = lambda at_X, *inputs: _writes(None, None, at_X, None, *inputs, ctx.layout)[:3]
-                d_at_X, *d_inputs = _derivatives(again, (at_X, *inputs), (dM, dm, dR))
-            else:
-                d_at_X, *d_inputs = _writes_backward(at_X, *inputs, P, inverse, V, ctx.layout, dM, dm, dR)
-            return dM_left, dm_left, d_at_X, d_at_Q, *d_inputs, None
+                again = lambda *inputs: _plain_chunk(*inputs, ctx.delta, ctx.layout)[:3]
+                return *_derivatives(again, inputs, grads), None, None
+            return *_plain_chunk_backward(*inputs, P, inverse, V, ctx.layout, *grads), None, None
 
 
 def _derivatives(fn: Callable, inputs: tuple, grads: tuple) -> list[Tensor | None]:
     """Gradients of fn(*inputs) by its inputs, made by autograd to be differentiated again; None where there is none.
 
-    Inputs get names of their own: some may have been made of others (at_X of X), and a derivative by one of them must
+    Inputs get names of their own: some may have been made of others (MX of X), and a derivative by one of them must
     not go through another.
     """
     inputs = [None if z is None else z.view_as(z) for z in inputs]
@@ -282,75 +291,85 @@ def _derivatives(fn: Callable, inputs: tuple, grads: tuple) -> list[Tensor | Non
     return [dict(zip(wanted, found)).get(k) for k in range(len(inputs))]
 
 
-def _writes_backward(at_X, X, D, eta, Q, decay, gain, keep, P, inverse, V, layout: _Layout, dM, dm, dR):
-    """Gradients of at_X, X, D, eta, Q, decay, gain, keep from those of M, m and R, in the letters of `_writes`.
+def _plain_chunk_backward(M, m, X, D, eta, Q, MX, retain, through, keep, P, inverse, V, layout, dM, dm, dR):
+    """Gradients of `_plain_chunk`'s tensors, in its letters; MX is M X^T where the caller had it.
 
-    Since  P = (1 + D S)^-1 (a read's result at X),  its gradient is that of a read with  (1 + D S)^-T dP.
+    Since  P = (what a read at X finds) (1 + D S)^-T,  its gradient is that of such a read with  dP (1 + D S)^-1.
     """
-    c, momentum, flat, whole = X.shape[-2], gain is not None, layout.flat, layout.whole
-    gain = gain if momentum else decay
+    c, rows, momentum = X.shape[-2], layout.rows, m is not None
     Xe = eta.unsqueeze(-1) * X
-    flat_D, flat_Xe = flat(D), flat(Xe)
-    d_decay, d_gain, d_keep = torch.zeros_like(decay), torch.zeros_like(gain), None
-    fold = lambda z, like: z.sum_to_size(*like.shape[:-2], *z.shape[-2:])
-    # The gradient of a gate (..., c) that scaled the rows of a tensor (n, c, o) on its way to one with gradient g.
-    rows_of = lambda z, g, gate: whole(z * g).sum(-1).sum_to_size(gate.shape)
+    start, start_m, Delta = rows(M), rows(m) if momentum else None, rows(D.mT)
+    d_retain, d_through, d_keep = (None if z is None else torch.zeros_like(z) for z in (retain, through, keep))
+    gains, d_gains = (through, d_through) if momentum else (retain, d_retain)
+    gamma, decay, gain_m, gain = retain[..., :1], retain[..., 1:], gains[..., :1], gains[..., 1:]
+    d_gamma, d_decay, d_gain_m, d_gain = d_retain[..., :1], d_retain[..., 1:], d_gains[..., :1], d_gains[..., 1:]
+    add = lambda d, z, by=1.0: d.add_(z.sum_to_size(d.shape), alpha=by)
 
-    # The end of the chunk: M and m.
-    dM = flat(D.new_zeros(D.shape[-1], X.shape[-1]) if dM is None else dM)
-    U = flat_Xe @ dM.mT  # -dV
-    dD = flat(-gain[..., c, :, None]) * U
-    d_gain[..., c, :] -= rows_of(flat_D, U, gain[..., c, :])
-    minus_dXe = V @ dM
+    def scale_backward(x, minus_dx, gate, d_gate, d, by):
+        # Of  gate x,  whose gradient is by d: adds to those of gate (..., c, 1) and of x.
+        add(d_gate, (d * x).sum(-1, keepdim=True), by)
+        add(minus_dx, gate * d, -by)
+
+    end = start.new_zeros(()).expand_as(start) if dM is None else rows(dM)
+    U = end @ Xe.mT  # -dV
+    d_start, d_Delta, dP, d_start_m = gamma[..., c:, :] * end, -gain[..., c:, :] * U, None, None
+    add(d_gamma[..., c:, :], end * start)
+    add(d_gain[..., c:, :], Delta * U, -1)
+    minus_dXe = (V.mT @ end).sum_to_size(Xe.shape)
     if P is not None:
-        dP = flat(-decay[..., c, :, None]) * U
-        d_decay[..., c, :] -= rows_of(P, U, decay[..., c, :])
+        dP = -decay[..., c:, :] * U
+        add(d_decay[..., c:, :], P * U, -1)
+    if momentum:
+        d_start_m = gain_m[..., c:, :] * end
+        add(d_gain_m[..., c:, :], end * start_m)
     if dm is not None:
-        dm, kept = flat(dm), flat(keep.unsqueeze(-1))
-        U_m = flat_Xe @ dm.mT
-        dD.addcmul_(kept, U_m, value=-1)
-        d_keep = -rows_of(flat_D, U_m, keep)
-        minus_dXe.baddbmm_(kept * flat_D, dm)
-    minus_dXe = fold(whole(minus_dXe), Xe)
+        end_m, kept, d_kept = rows(dm), keep.unsqueeze(-1), d_keep.unsqueeze(-1)
+        scale_backward(Xe, minus_dXe, kept[..., 1:, :], d_kept[..., 1:, :], Delta.mT @ end_m, -1)
+        _add_product(d_Delta, end_m, (kept[..., 1:, :] * Xe).mT, -1)
+        d_start_m.addcmul_(kept[..., :1, :], end_m)
+        add(d_kept[..., :1, :], end_m * start_m)
+    starts = [(gamma, d_gamma, start, d_start), (gain_m, d_gain_m, start_m, d_start_m)][: 1 + momentum]
 
-    def read_backward(at: Tensor, dy: Tensor, times: slice, part: Callable[[Tensor], Tensor], to_P: bool) -> Tensor:
-        """Backward of a read  y = left - (D T  S) Delta - (D S) P  of the memories `part` at the rows of `at`.
-
-        Adds to the gradients of Xe, of the gates, of Delta and, if told so, of P. Returns minus that of `at`.
-        """
-        xe = part(Xe)
+    def read_backward(at, dy, times, part, part_rows, starts):
+        """Of a read  y = M (gamma at)^T + m (gain_m at)^T - Delta (D T  S)^T - P (D S)^T  of the memories that `part`
+        and `part_rows` pick; by way of M and m as far as `starts` has them. Returns minus the gradient of `at`, and
+        adds to all others, but to that of P not where it is P that is read."""
+        xe, minus_dS = part(Xe), None
         S = at @ xe.mT
-        of_D = flat_D, gain, d_gain, dD
-        of_P = P, decay, d_decay, dP if to_P else None
-        minus_dS = None
-        for z, gate, d_gate, dz in (of_D,) if P is None else (of_D, of_P):
+        for z, gate, d_gate, dz in (Delta, gain, d_gain, d_Delta), (P, decay, d_decay, None if at is X else dP):
+            if z is not None:
+                gate, d_gate = part(gate[..., times, :]), part(d_gate[..., times, :])
+                d = (dy.mT @ part_rows(z)).sum_to_size(torch.broadcast_shapes(S.shape, gate.shape))
+                add(d_gate, S * d, -1)
+                minus_dS = gate * d if minus_dS is None else torch.addcmul(minus_dS, gate, d)
+            if dz is not None:
+                _add_product(part_rows(dz), dy, gate * S, -1)
+        _add_product(part(minus_dXe), minus_dS.mT, at)
+        minus_d_at = (minus_dS @ xe).sum_to_size(at.shape)
+        for gate, d_gate, w, dw in starts:
             gate, d_gate = part(gate[..., times, :]), part(d_gate[..., times, :])
-            if dz is not None and dy.shape[:-2] == layout.lead:
-                dz.baddbmm_(flat(gate * S).mT, flat(dy), alpha=-1)
-            elif dz is not None:
-                part(whole(dz)).sub_((gate * S).mT @ dy)
-            d = fold(dy @ part(whole(z)).mT, S)
-            d_gate -= (S * d).sum_to_size(gate.shape)
-            minus_dS = gate * d if minus_dS is None else torch.addcmul(minus_dS, gate, d)
-        part(minus_dXe).add_((minus_dS.mT @ at).sum_to_size(xe.shape))
-        return (minus_dS @ xe).sum_to_size(at.shape)
+            scale_backward(at, minus_d_at, gate, d_gate, dy.mT @ part_rows(w), 1)
+            _add_product(part_rows(dw), dy, gate * at)
+        return minus_d_at
 
-    dQ = d_at_X = None
-    minus_dX = 0.0
+    dQ, dMX, minus_dX = None, None, 0.0
     if dR is not None:
-        dQ = -read_backward(Q, dR, layout.times, layout.read, to_P=P is not None)
+        dR = dR.mT.flatten(-3, -2).unsqueeze(-3) if layout.joined else dR.mT
+        dQ = -read_backward(Q, dR, layout.times, layout.read, layout.read_rows, starts)
     if P is not None:
-        d_at_X = whole(flat(inverse).mT @ dP)
-        minus_dX = read_backward(X, d_at_X, slice(0, c), lambda z: z, to_P=False)
-        d_at_X = d_at_X.sum_to_size(at_X.shape)
+        d_at_X, same = dP @ inverse, lambda z: z
+        if MX is not None:  # its gradient is the caller's to go on with
+            dMX = layout.apart(gamma[..., :c, :].mT * d_at_X).mT.sum_to_size(MX.shape)
+            add(d_gamma[..., :c, :].mT, d_at_X * rows(MX.mT))
+        minus_dX = read_backward(X, d_at_X, slice(0, c), same, same, starts[MX is not None :])
     d_eta = -(minus_dXe * X).sum(-1).sum_to_size(eta.shape)
     dX = -(minus_dX + eta.unsqueeze(-1) * minus_dXe).sum_to_size(X.shape)
-    if not momentum:
-        d_decay, d_gain = d_decay + d_gain, None
-    return d_at_X, dX, fold(whole(dD), D), d_eta, dQ, d_decay, d_gain, d_keep
+    dM, dm = (None if z is None else layout.apart(d).sum_to_size(z.shape) for z, d in ((M, d_start), (m, d_start_m)))
+    dD = layout.apart(d_Delta).mT.sum_to_size(D.shape)
+    return dM, dm, dX, dD, d_eta, dQ, dMX, d_retain, d_through, d_keep
 
 
-def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False, delta=True, ema=False):
+def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False, delta=True, readers=None, ema=False):
     """The specification of `dgd_chunk`: the same arguments, one token at a time, as the equations are written."""
     momentum = theta is not None
     m = torch.zeros_like(M) if momentum and m is None else m
@@ -366,7 +385,9 @@ def dgd_loop(M, X, D, eta, alpha, *, m=None, theta=None, Q=None, inclusive=False
         if delta:
             M = M - step * (before @ x) * x.mT
         if Q is not None:
-            reads.append(((M if inclusive else before) @ Q[..., t, :, None]).squeeze(-1))
+            seen = M if inclusive else before
+            seen = seen if readers is None else seen[..., -readers:, :, :]
+            reads.append((seen @ Q[..., t, :, None]).squeeze(-1))
     return M, m if momentum else None, torch.stack(reads, -2) if reads else None
 
 

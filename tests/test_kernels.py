@@ -93,6 +93,34 @@ def test_leading_dimensions_broadcast():
         torch.testing.assert_close(together[:, n], dgd_chunk(**alone)[0])
 
 
+@pytest.mark.parametrize("readers", [None, 2])
+@pytest.mark.parametrize("momentum", [False, True])
+def test_memories_that_share_their_inputs_are_as_good_as_each_with_its_own(momentum, readers):
+    """One that has the rows of all computes them, unless inputs, steps or gates are a memory's own."""
+    shared, own = inputs(5, lead=(2, 1), momentum=momentum), inputs(5, lead=(2, 3), momentum=momentum)
+    few = {k: (own if k in ("M", "m", "D") else shared)[k] for k in shared}
+    whole = {k: v.expand(2, 3, *v.shape[2:]).detach().clone().requires_grad_() for k, v in few.items()}
+    for name in ("X", "alpha", None):  # of which each has its own, though they are alike
+        args = few if name is None else {**few, name: whole[name]}
+        known = lambda **args: dgd_chunk(**args, MX=args["X"] @ args["M"].mT)
+        want = outputs_and_gradients(dgd_loop, args, readers=readers)
+        for got in (outputs_and_gradients(fn, args, readers=readers) for fn in (dgd_chunk, known)):
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_one_token_without_gradients_is_what_it_is_with_them(momentum, inclusive):
+    args = inputs(1, lead=(2, 3), momentum=momentum)
+    args["Q"] = args["Q"][:, 1:]
+    flags = dict(inclusive=inclusive, readers=2, ema=True)
+    with torch.no_grad():
+        alone = dgd_chunk(**args, **flags)
+    for a, b in zip(alone, dgd_chunk(**args, **flags), strict=True):
+        assert a is b is None or torch.allclose(a, b, rtol=1e-12, atol=1e-13)
+
+
 def test_half_precision_is_computed_in_float32():
     args = {k: v.detach().float() for k, v in inputs(8).items()}
     half = {k: v.bfloat16() for k, v in args.items()}
