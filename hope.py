@@ -88,6 +88,8 @@ def outline(state: Any) -> Any:
         return tuple(state.shape[1:])
     if isinstance(state, AttentionState):
         state = replace(state, k=state.k[:, :, :0], v=state.v[:, :, :0])
+    if isinstance(state, FastMLP):
+        state = replace(state, total=None, start_total=None)
     if is_dataclass(state):
         return type(state).__name__, *(outline(getattr(state, f.name)) for f in fields(state))
     return [outline(part) for part in state] if isinstance(state, (list, tuple)) else state is None
@@ -157,25 +159,42 @@ class FastMLP:
     """In-context change of one MLP of a CMS, per sequence: tensors (b, *weight.shape)."""
 
     delta: list[Tensor]
-    total: list[Tensor]  # gradient summed since the chunk began
+    total: list[Tensor] | None = None  # gradient summed since the chunk began, None for 0
     start: list[Tensor] | None = None  # nested wiring: what delta restarts from when the next slower chunk ends
     start_total: list[Tensor] | None = None  # and the gradient summed since that chunk began
 
+    def __post_init__(self) -> None:
+        self.at_rest: list[Tensor] | None = None  # see `weights`; no part of the state, so that any change drops it
+
+    def weights(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """W + delta of each matrix (o, i) as `dtype`, (b, o, i): one copy, kept until delta moves."""
+        if self.at_rest is None:
+            with torch.no_grad():
+                pairs = [(w, d, torch.empty_like(d, dtype=dtype)) for w, d in zip(matrices, self.delta)]
+                self.at_rest = [torch.add(w, d, out=copy) for w, d, copy in pairs]
+        return [AtRest.apply(*parts) for parts in zip(matrices, self.delta, self.at_rest)]
+
+    def same(self, new: FastMLP) -> FastMLP:
+        """`new`, whose delta has the values of this one's."""
+        new.at_rest = self.at_rest
+        return new
+
     def add(self, gradient: list[Tensor]) -> FastMLP:
         """With a segment's gradient in the sums."""
-        plus = lambda sums: sums and [a + g for a, g in zip(sums, gradient)]
-        return replace(self, total=plus(self.total), start_total=plus(self.start_total))
+        plus = lambda sums: [a + g for a, g in zip(sums, gradient)] if sums else gradient
+        new = replace(self, total=plus(self.total), start_total=self.start and plus(self.start_total))
+        return self.same(new)
 
     def move(self, step: Tensor) -> FastMLP:
         """At the end of its chunk (eq. 71)."""
-        zeros = [torch.zeros_like(a) for a in self.total]
-        return replace(self, delta=[w - step * g for w, g in zip(self.delta, self.total)], total=zeros)
+        if self.total is None:
+            return self
+        return replace(self, delta=[w - step * g for w, g in zip(self.delta, self.total)], total=None)
 
     def restart(self, step: Tensor) -> FastMLP:
         """At the end of the next slower chunk, in nested wiring: back to the start state, which moves (eq. 72)."""
-        zeros = [torch.zeros_like(a) for a in self.total]
-        start = [w - step * g for w, g in zip(self.start, self.start_total)]
-        return FastMLP(start, zeros, start, zeros)
+        start = FastMLP(self.start, self.start_total).move(step).delta
+        return FastMLP(start, start=start)
 
 
 @dataclass
@@ -751,13 +770,25 @@ class Attention(SequenceLayer):
 # ---- Continuum memory system ----
 
 
-class FastLinear(nn.Linear):
-    """A linear layer whose weight (o, i) is changed per sequence by delta, (b, o, i) or None. x: (b, t, i)."""
+class AtRest(torch.autograd.Function):
+    """`copy`, with the gradient of W + delta, which it holds: W (o, i), delta and copy (b, o, i)."""
 
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
-        if delta is None:
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, delta: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        return gradient.sum(0) if ctx.needs_input_grad[0] else None, gradient, None
+
+
+class FastLinear(nn.Linear):
+    """A linear layer whose weight may be another for every sequence, (b, o, i). x: (b, t, i)."""
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        if weight is None:
             return super().forward(x)
-        y = x @ (self.weight + delta).to(x.dtype).mT
+        y = x @ weight.mT
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -800,7 +831,7 @@ def make_norm(config: HopeConfig, last: bool = False) -> nn.Module:
 class MLP(nn.Module):
     """One block of a CMS, x + W_out silu(W_in norm(x)), or its SwiGLU or GELU form.
 
-    `delta` changes the two matrices per sequence; norm and biases stay.
+    Its two matrices may be others for every sequence, see `FastMLP.weights`; norm and biases stay.
     """
 
     def __init__(self, config: HopeConfig):
@@ -815,15 +846,15 @@ class MLP(nn.Module):
         """The weights that a CMS may write."""
         return self.w_in.weight, self.w_out.weight
 
-    def forward(self, x: Tensor, delta: Sequence[Tensor] | None = None) -> Tensor:
-        d_in, d_out = delta or (None, None)
-        z = self.w_in(self.norm(x), d_in)
+    def forward(self, x: Tensor, matrices: Sequence[Tensor] | None = None) -> Tensor:
+        w_in, w_out = matrices or (None, None)
+        z = self.w_in(self.norm(x), w_in)
         if self.kind == "swiglu":
             gate, z = z.chunk(2, -1)
             z = F.silu(gate) * z
         else:
             z = F.gelu(z, approximate="tanh") if self.kind == "gelu" else F.silu(z)
-        return x + self.w_out(z, d_out)
+        return x + self.w_out(z, w_out)
 
 
 class CMS(nn.Module):
@@ -859,23 +890,26 @@ class CMS(nn.Module):
         for i in self.written:
             # In float32 at least: steps are small beside what they have added up to.
             zeros = [in_float32(w.new_zeros(b, *w.shape)) for w in self.levels[i].matrices]
-            state[i] = FastMLP(zeros, zeros, zeros, zeros) if i in self.slower else FastMLP(zeros, zeros)
+            state[i] = FastMLP(zeros, start=zeros if i in self.slower else None)
         return state
 
     def forward(self, x: Tensor, state: Sequence[FastMLP | None]) -> Tensor:
         """x: (b, t, d) -> (b, t, d), through the weights as they stand."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weights = [fast and fast.weights(level.matrices, dtype) for level, fast in zip(self.levels, state)]
         if self.wiring == "independent":
-            return x + sum(level(x, fast and fast.delta) - x for level, fast in zip(self.levels, state))
-        for level, fast in zip(self.levels, state):
-            x = level(x, fast and fast.delta)
+            return x + sum(level(x, own) - x for level, own in zip(self.levels, weights))
+        for level, own in zip(self.levels, weights):
+            x = level(x, own)
         return x
 
-    def write(self, state: list[FastMLP | None], gradients: list[list[Tensor]], t: int) -> list[FastMLP | None]:
-        """Add a segment's gradients, per level those of its two matrices; levels whose chunk ends at time t move."""
+    def write(self, state: list[FastMLP | None], gradients: dict[int, list[Tensor]], t: int) -> list[FastMLP | None]:
+        """Add a segment's gradients, of levels that learn those of its two matrices; where a chunk ends at t, move."""
         steps = {i: rate / self.chunks[i] for i, rate in zip(self.written, self.rates())}
         new = list(state)
         for i in self.written:
-            new[i] = self._write_level(i, state[i].add(gradients[i]), t, steps)
+            new[i] = self._write_level(i, state[i].add(gradients[i]) if i in gradients else state[i], t, steps)
         return new
 
     def _write_level(self, i: int, fast: FastMLP, t: int, steps: dict[int, Tensor]) -> FastMLP:
@@ -971,10 +1005,14 @@ def outside_inference_mode(method: Callable) -> Callable:
     return run
 
 
-def own_deltas(state: list[FastMLP | None], detach: bool) -> list[FastMLP | None]:
-    """A CMS's state with deltas to which a gradient can be taken that reaches no further back; leaves with `detach`."""
+def own_deltas(state: list[FastMLP | None], learn: Sequence[int], detach: bool) -> list[FastMLP | None]:
+    """A CMS's state with deltas of its own for levels that learn, to which a gradient can be taken that reaches no
+    further back; leaves with `detach`."""
     own = lambda d: d.view_as(d) if d.requires_grad and not detach else d.detach().requires_grad_()
-    return [fast and replace(fast, delta=[own(d) for d in fast.delta]) for fast in state]
+    new = list(state)
+    for i in learn:
+        new[i] = state[i].same(replace(state[i], delta=[own(d) for d in state[i].delta]))
+    return new
 
 
 class Hope(nn.Module):
@@ -1138,7 +1176,8 @@ class Hope(nn.Module):
         """The same state as values, with memories that hang on their start states once more and on nothing else."""
         restart = lambda memories: [block.memory.restart_graph(m) for block, m in zip(self.blocks, memories)]
         segment = state.segment and replace(state.segment, memories=restart(state.segment.memories))
-        return replace(state.detach(), memories=restart(state.memories), segment=segment)
+        cms = [[fast and fast.same(map_state(Tensor.detach, fast)) for fast in block] for block in state.cms]
+        return replace(state.detach(), memories=restart(state.memories), cms=cms, segment=segment)
 
     def _learn(
         self, segment: Segment, before: int, cms: list[list[FastMLP | None]], t: int, lesson: Lesson
@@ -1152,27 +1191,30 @@ class Hope(nn.Module):
         """
         keep_graph = torch.is_grad_enabled()
         full = keep_graph and self.config.inner_grad == "full" and not lesson.truncate
-        with torch.enable_grad():
-            fresh = [own_deltas(state, detach=lesson.truncate) for state in cms]
+        learn = self.config.written if segment.levels is None else segment.levels
+        with torch.set_grad_enabled(keep_graph or bool(learn)):
+            fresh = [own_deltas(state, learn, detach=lesson.truncate) for state in cms]
             logits, memories = self._run(segment.tokens, segment.memories, fresh)
             losses = token_loss(logits, segment.targets)
-            deltas, layout = tree_flatten([[fast.delta if fast else () for fast in state] for state in fresh])
+            deltas, layout = tree_flatten([{i: state[i].delta for i in learn} for state in fresh])
             with torch.autocast(logits.device.type, enabled=False):
                 if lesson.truncate and before == 0:
                     lesson.backward(losses)
                     found = [d.grad if lesson.scored is None else d.grad * lesson.scored for d in deltas]
-                else:
+                elif learn:
                     found = torch.autograd.grad(losses.sum(), deltas, retain_graph=keep_graph, create_graph=full)
-                    if lesson.truncate:
-                        lesson.backward(losses[:, before:])
+                else:
+                    found = []
+                if lesson.truncate and before > 0:
+                    lesson.backward(losses[:, before:])
         if segment.surprise:  # sequences share nothing, so a gradient of the sum is each sequence's own
             teaches = losses.detach().sum(1) > segment.surprise * (segment.targets != -100).sum(1)
             found = [g * teaches[:, None, None] for g in found]
-        new = []
-        for block, state, gradients in zip(self.blocks, fresh, tree_unflatten(found, layout)):
-            for i in [] if segment.levels is None else set(block.cms.written) - set(segment.levels):
-                gradients[i] = map_state(torch.zeros_like, gradients[i])
-            new.append(block.cms.write(state, gradients, t))
+        with torch.set_grad_enabled(keep_graph and not lesson.truncate):
+            new = [
+                block.cms.write(state, gradients, t)
+                for block, state, gradients in zip(self.blocks, fresh, tree_unflatten(found, layout))
+            ]
         found = (losses[:, before:], memories, new, logits[:, before:])
         return found if keep_graph else map_state(Tensor.detach, found)
 
