@@ -162,17 +162,16 @@ class FastMLP:
     total: list[Tensor] | None = None  # gradient summed since the chunk began, None for 0
     start: list[Tensor] | None = None  # nested wiring: what delta restarts from when the next slower chunk ends
     start_total: list[Tensor] | None = None  # and the gradient summed since that chunk began
-
-    def __post_init__(self) -> None:
-        self.at_rest: list[Tensor] | None = None  # see `weights`; no part of the state, so that any change drops it
+    at_rest = None  # see `weights`; no field, so that any change of the state drops it
 
     def weights(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """W + delta of each matrix (o, i) as `dtype`, (b, o, i): one copy, kept until delta moves."""
-        if self.at_rest is None:
+        if self.at_rest is None or self.at_rest[0].dtype != dtype:
+            copies = [torch.empty_like(d, dtype=dtype) for d in self.delta]
             with torch.no_grad():
-                pairs = [(w, d, torch.empty_like(d, dtype=dtype)) for w, d in zip(matrices, self.delta)]
-                self.at_rest = [torch.add(w, d, out=copy) for w, d, copy in pairs]
-        return [AtRest.apply(*parts) for parts in zip(matrices, self.delta, self.at_rest)]
+                self.at_rest = [torch.add(w, d, out=copy) for w, d, copy in zip(matrices, self.delta, copies)]
+        parts = zip(self.at_rest, matrices, self.delta)
+        return [GradientAlso.apply(GradientAlso.apply(copy, w), d) for copy, w, d in parts]
 
     def same(self, new: FastMLP) -> FastMLP:
         """`new`, whose delta has the values of this one's."""
@@ -182,14 +181,12 @@ class FastMLP:
     def add(self, gradient: list[Tensor]) -> FastMLP:
         """With a segment's gradient in the sums."""
         plus = lambda sums: [a + g for a, g in zip(sums, gradient)] if sums else gradient
-        new = replace(self, total=plus(self.total), start_total=self.start and plus(self.start_total))
-        return self.same(new)
+        return self.same(replace(self, total=plus(self.total), start_total=self.start and plus(self.start_total)))
 
     def move(self, step: Tensor) -> FastMLP:
         """At the end of its chunk (eq. 71)."""
-        if self.total is None:
-            return self
-        return replace(self, delta=[w - step * g for w, g in zip(self.delta, self.total)], total=None)
+        moved = lambda: [w - step * g for w, g in zip(self.delta, self.total)]
+        return replace(self, delta=moved(), total=None) if self.total else self
 
     def restart(self, step: Tensor) -> FastMLP:
         """At the end of the next slower chunk, in nested wiring: back to the start state, which moves (eq. 72)."""
@@ -770,16 +767,17 @@ class Attention(SequenceLayer):
 # ---- Continuum memory system ----
 
 
-class AtRest(torch.autograd.Function):
-    """`copy`, with the gradient of W + delta, which it holds: W (o, i), delta and copy (b, o, i)."""
+class GradientAlso(torch.autograd.Function):
+    """`value` (b, o, i), with its gradient also for `part`, one of its summands: of that shape, or (o, i)."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, delta: Tensor, copy: Tensor) -> Tensor:
-        return copy.view_as(copy)
+    def forward(ctx: Any, value: Tensor, part: Tensor) -> Tensor:
+        ctx.shape = part.shape
+        return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return gradient.sum(0) if ctx.needs_input_grad[0] else None, gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.sum_to_size(ctx.shape)
 
 
 class FastLinear(nn.Linear):
@@ -895,8 +893,7 @@ class CMS(nn.Module):
 
     def forward(self, x: Tensor, state: Sequence[FastMLP | None]) -> Tensor:
         """x: (b, t, d) -> (b, t, d), through the weights as they stand."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         weights = [fast and fast.weights(level.matrices, dtype) for level, fast in zip(self.levels, state)]
         if self.wiring == "independent":
             return x + sum(level(x, own) - x for level, own in zip(self.levels, weights))
@@ -909,14 +906,13 @@ class CMS(nn.Module):
         steps = {i: rate / self.chunks[i] for i, rate in zip(self.written, self.rates())}
         new = list(state)
         for i in self.written:
-            new[i] = self._write_level(i, state[i].add(gradients[i]) if i in gradients else state[i], t, steps)
+            fast, slower = state[i].add(gradients[i]) if i in gradients else state[i], self.slower.get(i)
+            if slower is not None and t % self.chunks[slower] == 0:
+                fast = fast.restart(steps[slower])
+            elif t % self.chunks[i] == 0:
+                fast = fast.move(steps[i])
+            new[i] = fast
         return new
-
-    def _write_level(self, i: int, fast: FastMLP, t: int, steps: dict[int, Tensor]) -> FastMLP:
-        slower = self.slower.get(i)
-        if slower is not None and t % self.chunks[slower] == 0:
-            return fast.restart(steps[slower])
-        return fast.move(steps[i]) if t % self.chunks[i] == 0 else fast
 
 
 # ---- Hope ----
@@ -1009,10 +1005,8 @@ def own_deltas(state: list[FastMLP | None], learn: Sequence[int], detach: bool) 
     """A CMS's state with deltas of its own for levels that learn, to which a gradient can be taken that reaches no
     further back; leaves with `detach`."""
     own = lambda d: d.view_as(d) if d.requires_grad and not detach else d.detach().requires_grad_()
-    new = list(state)
-    for i in learn:
-        new[i] = state[i].same(replace(state[i], delta=[own(d) for d in state[i].delta]))
-    return new
+    of = lambda fast: fast.same(replace(fast, delta=[own(d) for d in fast.delta]))
+    return [of(fast) if i in learn else fast for i, fast in enumerate(state)]
 
 
 class Hope(nn.Module):
@@ -1201,20 +1195,17 @@ class Hope(nn.Module):
                 if lesson.truncate and before == 0:
                     lesson.backward(losses)
                     found = [d.grad if lesson.scored is None else d.grad * lesson.scored for d in deltas]
-                elif learn:
-                    found = torch.autograd.grad(losses.sum(), deltas, retain_graph=keep_graph, create_graph=full)
                 else:
-                    found = []
-                if lesson.truncate and before > 0:
-                    lesson.backward(losses[:, before:])
+                    how = dict(retain_graph=keep_graph, create_graph=full)
+                    found = torch.autograd.grad(losses.sum(), deltas, **how) if deltas else []
+                    if lesson.truncate:
+                        lesson.backward(losses[:, before:])
         if segment.surprise:  # sequences share nothing, so a gradient of the sum is each sequence's own
             teaches = losses.detach().sum(1) > segment.surprise * (segment.targets != -100).sum(1)
             found = [g * teaches[:, None, None] for g in found]
+        each = zip(self.blocks, fresh, tree_unflatten(found, layout))
         with torch.set_grad_enabled(keep_graph and not lesson.truncate):
-            new = [
-                block.cms.write(state, gradients, t)
-                for block, state, gradients in zip(self.blocks, fresh, tree_unflatten(found, layout))
-            ]
+            new = [block.cms.write(state, gradients, t) for block, state, gradients in each]
         found = (losses[:, before:], memories, new, logits[:, before:])
         return found if keep_graph else map_state(Tensor.detach, found)
 
