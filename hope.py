@@ -88,8 +88,6 @@ def outline(state: Any) -> Any:
         return tuple(state.shape[1:])
     if isinstance(state, AttentionState):
         state = replace(state, k=state.k[:, :, :0], v=state.v[:, :, :0])
-    if isinstance(state, FastMLP):
-        state = replace(state, total=None, start_total=None)
     if is_dataclass(state):
         return type(state).__name__, *(outline(getattr(state, f.name)) for f in fields(state))
     return [outline(part) for part in state] if isinstance(state, (list, tuple)) else state is None
@@ -99,10 +97,8 @@ def check_batch(state: Any, b: int) -> None:
     """ValueError unless `state` is one of b sequences."""
     sizes: set[int] = set()
     map_state(lambda z: sizes.add(z.shape[0]) or z, state)
-    given = ", ".join(map(str, sizes))
-    require(
-        sizes <= {b}, f"the state is of {given} sequences and the input of {b}; HopeState.select takes some of them"
-    )
+    given = f"the state is of {', '.join(map(str, sizes))} sequences and the input of {b}"
+    require(sizes <= {b}, f"{given}; HopeState.select takes some of them")
 
 
 def check_state(model: Hope, state: HopeState, b: int) -> None:
@@ -154,12 +150,17 @@ class AttentionState:
     v: Tensor
 
 
+def nothing(like: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros of these shapes, which take no memory."""
+    return [torch.zeros((), dtype=w.dtype, device=w.device).expand_as(w) for w in like]
+
+
 @dataclass
 class FastMLP:
     """In-context change of one MLP of a CMS, per sequence: tensors (b, *weight.shape)."""
 
     delta: list[Tensor]
-    total: list[Tensor] | None = None  # gradient summed since the chunk began, None for 0
+    total: list[Tensor]  # gradient summed since the chunk began
     start: list[Tensor] | None = None  # nested wiring: what delta restarts from when the next slower chunk ends
     start_total: list[Tensor] | None = None  # and the gradient summed since that chunk began
     at_rest = None  # see `weights`; no field, so that any change of the state drops it
@@ -179,19 +180,19 @@ class FastMLP:
         return new
 
     def add(self, gradient: list[Tensor]) -> FastMLP:
-        """With a segment's gradient in the sums."""
-        plus = lambda sums: [a + g for a, g in zip(sums, gradient)] if sums else gradient
-        return self.same(replace(self, total=plus(self.total), start_total=self.start and plus(self.start_total)))
+        """With a segment's gradient in the sums, which are that gradient where nothing is in them (see `nothing`)."""
+        plus = lambda sums: sums and [a + g if any(a.stride()) else g for a, g in zip(sums, gradient)]
+        return self.same(replace(self, total=plus(self.total), start_total=plus(self.start_total)))
 
     def move(self, step: Tensor) -> FastMLP:
         """At the end of its chunk (eq. 71)."""
-        moved = lambda: [w - step * g for w, g in zip(self.delta, self.total)]
-        return replace(self, delta=moved(), total=None) if self.total else self
+        delta = [w - step * g for w, g in zip(self.delta, self.total)]
+        return replace(self, delta=delta, total=nothing(delta))
 
     def restart(self, step: Tensor) -> FastMLP:
         """At the end of the next slower chunk, in nested wiring: back to the start state, which moves (eq. 72)."""
-        start = FastMLP(self.start, self.start_total).move(step).delta
-        return FastMLP(start, start=start)
+        start = [w - step * g for w, g in zip(self.start, self.start_total)]
+        return FastMLP(start, nothing(start), start, nothing(start))
 
 
 @dataclass
@@ -888,7 +889,8 @@ class CMS(nn.Module):
         for i in self.written:
             # In float32 at least: steps are small beside what they have added up to.
             zeros = [in_float32(w.new_zeros(b, *w.shape)) for w in self.levels[i].matrices]
-            state[i] = FastMLP(zeros, start=zeros if i in self.slower else None)
+            sums = nothing(zeros)
+            state[i] = FastMLP(zeros, sums, zeros, sums) if i in self.slower else FastMLP(zeros, sums)
         return state
 
     def forward(self, x: Tensor, state: Sequence[FastMLP | None]) -> Tensor:
@@ -1129,8 +1131,7 @@ class Hope(nn.Module):
         lesson = Lesson(levels, surprise, truncate, scored if reduction == "mean" else None)
         if state.segment and (state.segment.levels, state.segment.surprise) != (levels, surprise):
             state = self._bank(state)
-        losses, lengths = [], piece_lengths(state.observed, tokens.shape[1], self.config.clocks)
-        scores = []
+        losses, scores, lengths = [], [], piece_lengths(state.observed, tokens.shape[1], self.config.clocks)
         for piece in zip(tokens.split(lengths, 1), targets.split(lengths, 1)):
             loss, state, score = self._observe_piece(*piece, state, lesson)
             losses.append(loss)
@@ -1286,9 +1287,8 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     given = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
     require(fits, f"{given}; allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1")
     best, likeliest = in_float32(logits).max(-1, keepdim=True)
-    require(
-        best.isfinite().all(), "logits are not finite: training diverged; take an earlier checkpoint, or a lower rate"
-    )
+    fits = best.isfinite().all()
+    require(fits, "logits are not finite: training diverged; take an earlier checkpoint, or a lower rate")
     if temperature == 0:
         return likeliest
     logits = (in_float32(logits) - best) / max(temperature, 1e-30)  # the best is 0 at any temperature
