@@ -582,7 +582,7 @@ class Memory(SequenceLayer):
         for i, (n, span) in enumerate(zip(lengths, spans)):
             # The last span's graph is needed first, and is no larger than the one recomputed after it.
             if i + 1 < len(spans) and torch.is_grad_enabled():
-                y, groups = checkpoint(self._span, span, groups, t, use_reentrant=False)
+                y, groups = checkpoint(self._span, span, groups, t, use_reentrant=False, preserve_rng_state=False)
             else:
                 y, groups = self._span(span, groups, t)
             ys.append(y)
