@@ -847,10 +847,10 @@ class CMS(nn.Module):
         # Learnt and bounded: rates grow at most twofold, since a far too large one destroys what was learnt.
         self.raw_rates = nn.Parameter(torch.zeros(len(self.written))) if config.learn_rates and self.written else None
 
-    def rates(self) -> list[Tensor]:
+    def rates(self) -> list[Tensor] | list[float]:
         """Step size of every level that is written in context, per mean gradient of its chunk."""
         if self.raw_rates is None:
-            return [torch.tensor(rate) for rate in self.start_rates]
+            return self.start_rates
         return [2 * rate * torch.sigmoid(raw) for rate, raw in zip(self.start_rates, in_float32(self.raw_rates))]
 
     def init_state(self, b: int) -> list[FastMLP | None]:
