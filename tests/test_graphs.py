@@ -4,10 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import flat, random_model, small_config, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+import graphs
 import hope
 import kernels
 
@@ -120,3 +121,108 @@ def test_what_cannot_be_captured_is_found(offence):
     z = torch.ones(3, device="meta")
     with pytest.raises(AssertionError, match="the host|random|tensors on"), Capturable("meta"):
         offence(z)
+
+
+class Tape(TorchDispatchMode):
+    """PyTorch's operations as they ran, to run again on the same tensors: on a CPU what a CUDA graph is on a GPU.
+
+    Python, which gave the operations, is not asked again. A tensor is known by its place in a storage, since autograd
+    makes new ones of it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    @staticmethod
+    def record(act):
+        tape = Tape()
+        with tape:
+            act()
+        return tape.replay
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        storages = {}  # of what was made then, and is made now
+
+        def now(z: torch.Tensor) -> torch.Tensor:
+            storage = storages.get(z.untyped_storage()._cdata)
+            if storage is None:  # it was there before
+                return z
+            return torch.empty(0, dtype=z.dtype).set_(storage, z.storage_offset(), z.shape, z.stride())
+
+        for func, args, kwargs, out in self.calls:
+            args, kwargs = tree_map_only(torch.Tensor, now, (args, kwargs))
+            pairs = zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)))
+            for then, again in ((a, b) for a, b in pairs if isinstance(a, torch.Tensor)):
+                storages.setdefault(then.untyped_storage()._cdata, again.untyped_storage())
+
+
+def steps(model: hope.Hope, length: int, find, n: int = 3) -> list[torch.Tensor]:
+    """Losses, gradients and weights of n steps with new tokens and, after each, other weights."""
+    found = []
+    for i in range(n):
+        x, y = tokens(2, length, seed=2 * i), tokens(2, length, seed=2 * i + 1)
+        y[0, : 5 * i] = -100
+        found += [find(x, y)]
+        found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * (0 if p.grad is None else p.grad / length)
+    return found + [p.detach().clone() for p in model.parameters()]
+
+
+def both_ways(config: hope.HopeConfig, length: int) -> tuple[graphs.Captured, list, list, hope.HopeState]:
+    """A model's steps by records of its segments and by `observe`, and the state after the last one."""
+    plain, model = (random_model(config) for _ in range(2))
+    state = None
+
+    def find(x, y):
+        nonlocal state
+        for p in plain.parameters():
+            p.grad = None
+        losses, state = plain.observe(x, y, reduction="none", backward=True, truncate=True)
+        return losses.sum()
+
+    captured = graphs.Captured(model, 2, length, nullcontext, Tape.record)
+
+    def find_captured(x, y):
+        captured.zero_gradients()
+        return captured(x, y).clone()
+
+    return captured, steps(model, length, find_captured), steps(plain, length, find), state
+
+
+@pytest.mark.parametrize(
+    "settings, length, kinds",
+    [
+        (dict(cms=(16, 64, INF), chunk=8, chunk_proj=16), 160, 3),  # the last 32 tokens end no slow chunk
+        (dict(cms=(16, 64, INF), chunk=8, chunk_proj=16), 72, 3),  # the last 8 end none at all
+        (dict(cms=(4, 6), chunk=3, chunk_proj=5), 32, None),  # nothing divides anything
+        (dict(cms=(8, 16, INF), wiring="nested", learn_rates=False), 40, 2),
+        (dict(cms=(8, 16), wiring="independent", remat=1), 40, 2),
+        (dict(cms=(64, INF)), 24, 1),  # a clock longer than the row
+        (dict(arch="titans", cms=(8,), momentum=True), 24, 1),
+        (dict(arch="gated-deltanet", cms=(INF,)), 24, 1),
+        (dict(arch="retnet", cms=(INF,)), 24, 1),
+        (dict(arch="transformer++", cms=(INF,)), 24, 1),
+        (dict(arch="hope-attention", cms=(32, INF)), 24, 1),
+    ],
+)
+def test_steps_by_records_of_segments_are_those_of_observe(settings, length, kinds):
+    """In float64: losses, gradients, weights and states, over steps whose tokens and weights differ."""
+    captured, found, expected, state = both_ways(small_config(**settings), length)
+    assert kinds is None or len(captured.records) == kinds
+    assert len(captured.records) < len(captured.lengths) or len(captured.lengths) == 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    if len(captured.lengths) > 1:
+        for a, b in zip(
+            flat((captured.state.memories, captured.state.cms)), flat((state.memories, state.cms)), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
