@@ -844,10 +844,10 @@ class CMS(nn.Module):
         # Learnt and bounded: rates grow at most twofold, since a far too large one destroys what was learnt.
         self.raw_rates = nn.Parameter(torch.zeros(len(self.written))) if config.learn_rates and self.written else None
 
-    def rates(self) -> list[Tensor]:
+    def rates(self) -> list[Tensor] | list[float]:
         """Step size of every level that is written in context, per mean gradient of its chunk."""
         if self.raw_rates is None:
-            return [torch.tensor(rate) for rate in self.start_rates]
+            return self.start_rates
         return [2 * rate * torch.sigmoid(raw) for rate, raw in zip(self.start_rates, in_float32(self.raw_rates))]
 
     def init_state(self, b: int) -> list[FastMLP | None]:
@@ -1100,8 +1100,9 @@ class Hope(nn.Module):
             state = self._bank(state)
         losses, scores, lengths = [], [], piece_lengths(state.observed, tokens.shape[1], self.config.clocks)
         for piece in zip(tokens.split(lengths, 1), targets.split(lengths, 1)):
+            state = self.restart_graph(state) if truncate and losses else state
             loss, state, score = self._observe_piece(*piece, state, lesson)
-            losses.append(loss)
+            losses.append(loss.detach() if truncate else loss)
             scores += [score] if logits else []
         loss = torch.cat(losses, 1) if losses else in_float32(self.embed.weight.new_zeros(tokens.shape))
         if reduction == "mean":
@@ -1131,10 +1132,9 @@ class Hope(nn.Module):
             if lesson.truncate:
                 with torch.autocast(tokens.device.type, enabled=False):
                     lesson.backward(losses)
-        state = replace(state, memories=memories, cms=cms, observed=observed, segment=segment)
-        return (losses.detach(), self._restart_graph(state), logits) if lesson.truncate else (losses, state, logits)
+        return losses, replace(state, memories=memories, cms=cms, observed=observed, segment=segment), logits
 
-    def _restart_graph(self, state: HopeState) -> HopeState:
+    def restart_graph(self, state: HopeState) -> HopeState:
         """The same state as values, with memories that hang on their start states once more and on nothing else."""
         restart = lambda memories: [block.memory.restart_graph(m) for block, m in zip(self.blocks, memories)]
         segment = state.segment and replace(state.segment, memories=restart(state.segment.memories))

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import graphs
 import hope
 from data import UserError, asked_size, explained, make_tokenizer, prepare, task_of
 from hope import Hope, HopeConfig
@@ -357,6 +358,10 @@ def print_plan(config: TrainConfig, model_config: HopeConfig, command: Command, 
     tokens, flops = command.tokens or config.steps * step, (cost.float32 + cost.bfloat16) / (rows * config.seq_len)
     steps = f"{tokens:.3g} tokens are {tokens / step:,.0f} steps"
     print(f"\n{flops:.3g} operations a token, {flops / 6 / size:.2f} x 6 per parameter; {steps}")
+    if config.capture:
+        segments = len(graphs.segments(model_config, config.seq_len))
+        print(f"captured: {cost.launches:,.0f} operations in graphs of {segments} segments, given one after another")
+        cost = cost._replace(launches=3 * segments + 1, views=0)  # tokens, targets, graph; and once the start states
     print_time(cost, device, rows * config.seq_len)
     update = step_cost(model_config, config, make_optimizers)
     seconds = -(-share // rows) * cost.seconds(device) + update.seconds(device)

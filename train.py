@@ -61,6 +61,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import chat
+import graphs
 import hope
 import hub
 import kernels
@@ -169,6 +170,11 @@ class TrainConfig:
     recompute: bool = setting(False, "recompute blocks in the backward pass: less memory, up to two thirds more time")
     truncate: bool = setting(False, "go back through one CMS segment at a time: memory does not grow with --seq-len")
     compile: bool = setting(False, "compile memories and MLPs: on CPUs a minute or two, then 1.2 to 1.4 times as fast")
+    capture: bool = setting(
+        False,
+        "with truncate, on a GPU: every segment as a CUDA graph, launched at once; needs all weights in every process; "
+        "measured on no GPU yet",
+    )
     max_skips: int = setting(
         10, "stop after skipping so many steps in a row, whose loss or gradient was not finite", least=1
     )
@@ -182,6 +188,11 @@ class TrainConfig:
             raise ValueError(f"spike is {self.spike}; it must be a factor above 1, or 0 to skip no finite step")
         if 0 < self.max_chars < self.min_chars:
             raise ValueError(f"max_chars is {self.max_chars}; it must be at least min_chars, {self.min_chars}")
+        if self.capture and not self.truncate:
+            raise ValueError("capture takes one segment at a time, and so does truncate; give --truncate as well")
+        if self.capture and (self.compile or self.optimizer == "dgd"):
+            other = "compile, which was not tried with it" if self.compile else "optimizer dgd, which looks into layers"
+            raise ValueError(f"capture does not go with {other}; leave out one of them")
         if task := task_of(self.data):
             if self.seq_len != task.length:
                 rows = f"rows of {self.data} have {task.length} tokens"
@@ -295,7 +306,7 @@ def from_json(path: Path) -> tuple[TrainConfig, HopeConfig, dict[str, str]]:
 # Settings that may differ between the start of a run and its continuation.
 FREE = {
     "out", "device", "keep", "eval_every", "save_every", "data_dir", "verify_data", "tracker", "peak_tflops",
-    "parallel", "nodes", "micro_batch", "recompute", "compile", "max_skips",
+    "parallel", "nodes", "micro_batch", "recompute", "compile", "capture", "max_skips",
     "min_chars", "max_chars", "deduplicate",  # data_sha256 says whether they changed anything
 }  # fmt: skip
 
@@ -741,16 +752,24 @@ def validate(model: Hope, corpus: Corpus, config: TrainConfig, world: World, bar
     return row | ({"val_parts": parts} if parts else {})
 
 
-def find_gradients(model: Hope, x: Tensor, y: Tensor, config: TrainConfig, world: World) -> float:
+def find_gradients(
+    model: Hope, x: Tensor, y: Tensor, config: TrainConfig, world: World, captured: graphs.Captured | None = None
+) -> Tensor:
     """Gradients of the mean loss per scored token of the global batch, of which x, y are this process's rows.
 
-    Returns this process's part of that loss. States live for one call of `observe`: no sequence sees another's.
+    Returns this process's part of that loss. States live for one call of `observe`: no sequence sees another's. Rows on
+    the CPU are counted without waiting for a GPU.
     """
     [scored] = world.sum((y != -100).sum().item())
     average = world.size if isinstance(model, FSDPModule) else 1  # FSDP divides what it adds up by this
-    total = torch.zeros((), device=x.device)
+    x, y, total = x.to(world.device), y.to(world.device), torch.zeros((), device=world.device)
+    if captured:
+        captured.zero_gradients()
     with gathered(model):
         for xs, ys in zip(x.split(at_once(config, world)), y.split(at_once(config, world))):
+            if captured:
+                total += captured(xs, ys) / max(1, scored)
+                continue
             with computing_in(config, world):
                 losses, _ = model.observe(xs, ys, reduction="none", backward=config.truncate, truncate=config.truncate)
             loss = losses.sum() / max(1, scored)
@@ -762,13 +781,13 @@ def find_gradients(model: Hope, x: Tensor, y: Tensor, config: TrainConfig, world
         for p in model.parameters():
             if p.grad is not None:
                 p.grad.mul_(average / max(1, scored))
-    return total.item()
+    return total
 
 
-def clip_gradients(model: Hope, most: float) -> float:
+def clip_gradients(model: Hope, most: float) -> Tensor:
     """Scale gradients down to a norm of `most`; returns the norm that they had."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most, error_if_nonfinite=False)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def why_skip(loss: float, norm: float, state: dict, config: TrainConfig) -> str:
@@ -968,6 +987,8 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
     on = f"{world.size} x {world.device.type}" if world.size > 1 else world.device
     view = hope.levels(model, [o for o in optimizers if not isinstance(o, optim.EMA)])
     say(f"\n{title}\n{corpus}, on {on}\n\n{view}\n")
+    how = at_once(config, world), config.batch_size // world.size, config.seq_len, partial(computing_in, config, world)
+    captured = graphs.for_training(model, *how) if config.capture else None
     peak, inner = world.size * peak_flops(config, world.device), size - model.embed.weight.numel()
     if world.rank == 0:
         run.track = make_tracker(config)
@@ -982,8 +1003,9 @@ def training_loop(run: Run, world: World, config: TrainConfig, model_config: Hop
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("lr_scale", 1.0)
             x, y = corpus.batch(step - 1, world.share(config.batch_size))
-            loss = find_gradients(model, x.to(world.device), y.to(world.device), config, world)
+            loss = find_gradients(model, x, y, config, world, captured)
             norm = clip_gradients(model, config.grad_clip)
+            loss, norm = torch.stack([loss, norm]).tolist()  # a GPU is waited for once a step
             loss, stop = world.sum(loss, interrupt.is_set())
             skipped = why_skip(loss, norm, state, config)
             if not skipped:

@@ -243,13 +243,16 @@ def measured_dry(out: Path, groups: str) -> dict:
 
 @pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 def test_the_measurement_of_a_gpu_runs_dry_and_the_plan_takes_its_constants(tmp_path, monkeypatch, capsys):
-    found = measured_dry(tmp_path / "tests/bench", "rates,kernels,segment")
+    found = measured_dry(tmp_path / "tests/bench", "rates,kernels,segment,graphs")
     device = plan.Device(**found["device"])
     assert device.name == "CPU" and 1e-7 < device.launch < 1e-3 and device.bandwidth > 1e8 and device.float32 > 1e8
     checked = found["rows"]["kernels"]
     assert [row["kernel"].split(",")[0] for row in checked] == ["dgd_chunk", "memory_scan", "newton_schulz"]
     assert all(row["right"] and row["same_bits"] for row in checked)
-    assert all(row["ms"] > 0 and row["tokens_s"] > 0 for row in found["rows"]["segment"])
+    assert all(row["ms"] > 0 and row["tokens_s"] > 0 for row in found["rows"]["segment"] + found["rows"]["graphs"])
+    plain, captured = found["rows"]["graphs"]
+    assert (plain["how"], captured["how"]) == ("plain", "captured") and captured["graphs"] == 2
+    assert captured["loss_error"] < 1e-3 and captured["gradient_error"] < 1e-2
     monkeypatch.setattr(plan, "__file__", str(tmp_path / "plan.py"))
     assert train.main(SMALL) == 0
     out = capsys.readouterr().out

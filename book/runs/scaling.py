@@ -79,7 +79,7 @@ def learn(model: hope.Hope, lr: float, steps: int, seed: int) -> tuple[list[floa
         x = windows(texts()["training"], ROWS, LENGTH, g)
         loss, _ = model.observe(x[:, :-1], x[:, 1:], backward=True)
         losses.append(loss.item() / math.log(2))
-        norms.append(train.clip_gradients(model, 1.0))
+        norms.append(train.clip_gradients(model, 1.0).item())
         for optimizer in optimizers:
             optimizer.step()
     return losses, norms

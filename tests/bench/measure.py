@@ -12,6 +12,7 @@ safetensors and tqdm.
     kernels    every Triton kernel against float64, and 30 repeats bit for bit
     chunk      a chunk of a layer's memories: Triton, the reference, the compiled reference, by batch
     segment    a segment of training as configured and with the clocks of long streams, by layers
+    graphs     the same as a CUDA graph (--dry: what would be recorded, run again), beside itself without
     layers     whole models of the size: time and memory
     train      train.py itself: one rank of FSDP2, validation, a checkpoint
 """
@@ -35,12 +36,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import graphs
 import hope
 import kernels
 import plan
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = {"rates": 60, "kernels": 120, "chunk": 110, "segment": 130, "layers": 90, "train": 90}  # seconds
+LIMITS = {"rates": 60, "kernels": 120, "chunk": 110, "segment": 110, "graphs": 80, "layers": 80, "train": 90}  # seconds
 WHOLE = 560.0
 
 Row = dict[str, Any]
@@ -227,14 +229,19 @@ def chunk(bench: Bench) -> Iterator[Row]:
     torch.set_float32_matmul_precision("highest")
 
 
-def train_segments(bench: Bench, layers: int, batch: int, clocks: tuple, repeats: int) -> Row:
-    """Segments of training one after another, each with its backward pass and its writes."""
+def make_model(bench: Bench, layers: int, clocks: tuple) -> hope.Hope:
     bench.forget()
     config = hope.HopeConfig.preset(bench.size, cms=clocks)
     torch.manual_seed(0)
     with torch.device(bench.device):
         model = hope.Hope(replace(config, n_layer=layers, vocab_size=64 if bench.dry else 32000))
     torch.nn.init.normal_(model.head.weight, std=0.02)  # of zeros all other gradients would be
+    return model
+
+
+def train_segments(bench: Bench, layers: int, batch: int, clocks: tuple, repeats: int) -> Row:
+    """Segments of training one after another, each with its backward pass and its writes."""
+    model = make_model(bench, layers, clocks)
     x = torch.randint(model.config.vocab_size, (batch, int(clocks[0])), device=bench.device)
     state = [model.init_state(batch)]
 
@@ -264,6 +271,37 @@ def segment(bench: Bench) -> Iterator[Row]:
         whole = few["ms"] + per_layer * (n - bench.layers[0])
         row = dict(layers=f"{n} foretold", batch=batch, clocks=few["clocks"], ms=whole)
         yield row | dict(tokens_s=1e3 * batch * clocks[0] / whole, ms_per_layer=per_layer)
+
+
+def graph(bench: Bench) -> Iterator[Row]:
+    """A round of the slowest clock from a start state, as `observe` goes through it and by graphs; and whether both
+    give the same gradients."""
+    autocast = lambda: torch.autocast(bench.device, torch.bfloat16)
+    for batch, clocks in clock_choices(bench):
+        model, length = make_model(bench, bench.layers[1], clocks), int(clocks[1])
+        x, y = torch.randint(model.config.vocab_size, (2, batch, length), device=bench.device)
+
+        def plain() -> torch.Tensor:
+            with autocast():
+                return model.observe(x, y, reduction="none", backward=True, truncate=True)[0].sum()
+
+        row = dict(layers=bench.layers[1], batch=batch, clocks=list(map(str, clocks)))
+        loss = plain().item()
+        expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        seconds = bench.seconds(plain, 2, 1) / (length / clocks[0])
+        yield dict(how="plain", **row, ms=1e3 * seconds, tokens_s=batch * clocks[0] / seconds, **bench.peak())
+        begun = time.perf_counter()
+        captured = graphs.Captured(model, batch, length, autocast)
+        bench.wait()
+        row |= dict(how="captured", graphs=len(captured.records), to_capture_s=time.perf_counter() - begun)
+        found = captured(x, y).item()
+        pairs = [(a, p.grad) for a, p in zip(expected, model.parameters()) if a is not None]
+        size = torch.stack([a.norm() for a, _ in pairs]).norm()
+        error = torch.stack([(a - b).norm() for a, b in pairs]).norm() / size
+        row |= dict(loss_error=abs(found / loss - 1), gradient_error=error.item())
+        seconds = bench.seconds(lambda: captured(x, y), 3, 1) / (length / clocks[0])
+        yield dict(**row, ms=1e3 * seconds, tokens_s=batch * clocks[0] / seconds, **bench.peak())
+        captured = None  # and its memory
 
 
 def layers(bench: Bench) -> Iterator[Row]:
@@ -324,6 +362,7 @@ GROUPS = {
     "kernels": check_kernels,
     "chunk": chunk,
     "segment": segment,
+    "graphs": graph,
     "layers": layers,
     "train": train,
 }

@@ -1,0 +1,228 @@
+"""That a segment of training can be captured in a CUDA graph, and that graphs of segments make a step; without a GPU."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import flat, random_model, small_config, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import graphs
+import hope
+import kernels
+
+INF = hope.INF
+
+
+class Capturable(TorchDispatchMode):
+    """Fails on what a CUDA graph can't hold: what waits for a number, what draws one, and what leaves the device."""
+
+    FORBIDDEN = {
+        torch.Tag.data_dependent_output: "the host reads a number",
+        torch.Tag.dynamic_output_shape: "the host reads a shape",
+        torch.Tag.nondeterministic_seeded: "random numbers are drawn",
+    }
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device, self.operations = torch.device(device), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tag, why in self.FORBIDDEN.items():
+            assert tag not in func.tags, f"{func}: {why}"
+        assert func.overloadpacket is not torch.ops.aten.lift_fresh, f"{func}: the host makes a tensor"
+        out = func(*args, **(kwargs or {}))
+        devices = {str(z.device) for z in tree_leaves((args, kwargs, out)) if isinstance(z, torch.Tensor)}
+        assert devices <= {str(self.device)}, f"{func}: tensors on {devices}"
+        self.operations += 1
+        return out
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Device "meta" as a GPU: no number can be read there, and tensors that the host makes are on another device.
+
+    (Fake tensors on "cuda" have no backward pass where torch is built without CUDA.) There is no autocast for it.
+    """
+    autocast = torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else autocast(kind, *a, **k)
+    )
+    # Nor is the state of the random numbers asked for, which no operation shows.
+    refuse = lambda *args: pytest.fail("the state of the random numbers is read")
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+
+
+def observe_segments(config: hope.HopeConfig, n: int, recompute: bool = False) -> list[int]:
+    """Three segments of n tokens, the last two of which must be capturable: how many operations these are."""
+    with torch.device("meta"):
+        model = hope.Hope(config)
+        x = torch.zeros(2, n, dtype=torch.long)
+    model.recompute = recompute
+    state, counts = None, []
+    for i in range(3):
+        with Capturable("meta") if i else nullcontext() as mode:
+            _, state = model.observe(x, x, state, reduction="none", backward=True, truncate=True)
+        counts += [mode.operations] if i else []
+    return counts
+
+
+@pytest.mark.parametrize("arch", hope.HopeConfig.ARCHS)
+def test_a_segment_can_be_captured(arch, on_meta):
+    """Forward pass, backward pass and writes; every second one writes a slow level, too."""
+    config = small_config(arch, cms=(8, 16, INF) if "hope" in arch else (INF,), n_layer=2 if arch == "samba" else 1)
+    slow, fast = observe_segments(config, 8)
+    assert min(slow, fast) > 100 and (slow > fast) == ("hope" in arch)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"learn_rates": False}, {"wiring": "nested"}, {"wiring": "independent"}, {"remat": 1}]
+)
+def test_a_segment_of_any_cms_can_be_captured(fields, on_meta):
+    slow, fast = observe_segments(small_config(cms=(8, 16, INF), n_layer=1, **fields), 8)
+    assert slow > fast > 100
+
+
+def test_a_segment_that_is_recomputed_can_be_captured(on_meta):
+    config = small_config(cms=(8, 16, INF), n_layer=1)
+    assert observe_segments(config, 8, recompute=True)[1] > 1.2 * observe_segments(config, 8)[1]
+
+
+class Launches:
+    """In the place of a Triton kernel: counts."""
+
+    count = 0
+
+    def __getitem__(self, grid):
+        def launch(*args, **settings):
+            assert all(z.device.type == "meta" for z in args if isinstance(z, torch.Tensor))
+            Launches.count += 1
+
+        return launch
+
+
+def test_a_segment_with_triton_can_be_captured(on_meta, monkeypatch):
+    """What the kernels are given is on the device, from the second segment on; they themselves do not run here."""
+    for name in ("forward", "backward", "backward_tokens", "backward_gates"):
+        monkeypatch.setattr(kernels, f"_chunk_{name}", Launches())
+    for module in (kernels, hope):
+        monkeypatch.setattr(module, "uses_triton", lambda z: True)
+    observe_segments(small_config(cms=(8, 16, INF), n_layer=1), 8)
+    assert Launches.count >= 3 * 2 * 2 * 4  # segments, chunks, layers of a memory, kernels
+
+
+@pytest.mark.parametrize(
+    "offence",
+    [lambda z: z.sum().item(), lambda z: z.nonzero(), torch.randn_like, lambda z: z + torch.ones(3, device="cpu"),
+     lambda z: z * torch.tensor(2.0), lambda z: z[torch.tensor([0, 1])], lambda z: z.copy_(torch.ones(3, device="cpu"))],
+)  # fmt: skip
+def test_what_cannot_be_captured_is_found(offence):
+    z = torch.ones(3, device="meta")
+    with pytest.raises(AssertionError, match="the host|random|tensors on"), Capturable("meta"):
+        offence(z)
+
+
+class Tape(TorchDispatchMode):
+    """PyTorch's operations as they ran, to run again on the same tensors: on a CPU what a CUDA graph is on a GPU.
+
+    Python, which gave the operations, is not asked again. A tensor is known by its place in a storage, since autograd
+    makes new ones of it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    @staticmethod
+    def record(act):
+        tape = Tape()
+        with tape:
+            act()
+        return tape.replay
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        storages = {}  # of what was made then, and is made now
+
+        def now(z: torch.Tensor) -> torch.Tensor:
+            storage = storages.get(z.untyped_storage()._cdata)
+            if storage is None:  # it was there before
+                return z
+            return torch.empty(0, dtype=z.dtype).set_(storage, z.storage_offset(), z.shape, z.stride())
+
+        for func, args, kwargs, out in self.calls:
+            args, kwargs = tree_map_only(torch.Tensor, now, (args, kwargs))
+            pairs = zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)))
+            for then, again in ((a, b) for a, b in pairs if isinstance(a, torch.Tensor)):
+                storages.setdefault(then.untyped_storage()._cdata, again.untyped_storage())
+
+
+def steps(model: hope.Hope, length: int, find, n: int = 3) -> list[torch.Tensor]:
+    """Losses, gradients and weights of n steps with new tokens and, after each, other weights."""
+    found = []
+    for i in range(n):
+        x, y = tokens(2, length, seed=2 * i), tokens(2, length, seed=2 * i + 1)
+        y[0, : 5 * i] = -100
+        found += [find(x, y)]
+        found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * (0 if p.grad is None else p.grad / length)
+    return found + [p.detach().clone() for p in model.parameters()]
+
+
+def both_ways(config: hope.HopeConfig, length: int) -> tuple[graphs.Captured, list, list, hope.HopeState]:
+    """A model's steps by records of its segments and by `observe`, and the state after the last one."""
+    plain, model = (random_model(config) for _ in range(2))
+    state = None
+
+    def find(x, y):
+        nonlocal state
+        for p in plain.parameters():
+            p.grad = None
+        losses, state = plain.observe(x, y, reduction="none", backward=True, truncate=True)
+        return losses.sum()
+
+    captured = graphs.Captured(model, 2, length, nullcontext, Tape.record)
+
+    def find_captured(x, y):
+        captured.zero_gradients()
+        return captured(x, y).clone()
+
+    return captured, steps(model, length, find_captured), steps(plain, length, find), state
+
+
+@pytest.mark.parametrize(
+    "settings, length, kinds",
+    [
+        (dict(cms=(16, 64, INF), chunk=8, chunk_proj=16), 160, 3),  # the last 32 tokens end no slow chunk
+        (dict(cms=(16, 64, INF), chunk=8, chunk_proj=16), 72, 3),  # the last 8 end none at all
+        (dict(cms=(4, 6), chunk=3, chunk_proj=5), 32, None),  # nothing divides anything
+        (dict(cms=(8, 16, INF), wiring="nested", learn_rates=False), 40, 2),
+        (dict(cms=(8, 16), wiring="independent", remat=1), 40, 2),
+        (dict(cms=(64, INF)), 24, 1),  # a clock longer than the row
+        (dict(arch="titans", cms=(8,), momentum=True), 24, 1),
+        (dict(arch="gated-deltanet", cms=(INF,)), 24, 1),
+        (dict(arch="retnet", cms=(INF,)), 24, 1),
+        (dict(arch="transformer++", cms=(INF,)), 24, 1),
+        (dict(arch="hope-attention", cms=(32, INF)), 24, 1),
+    ],
+)
+def test_steps_by_records_of_segments_are_those_of_observe(settings, length, kinds):
+    """In float64: losses, gradients, weights and states, over steps whose tokens and weights differ."""
+    captured, found, expected, state = both_ways(small_config(**settings), length)
+    assert kinds is None or len(captured.records) == kinds
+    assert len(captured.records) < len(captured.lengths) or len(captured.lengths) == 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    if len(captured.lengths) > 1:
+        for a, b in zip(
+            flat((captured.state.memories, captured.state.cms)), flat((state.memories, state.cms)), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
