@@ -77,7 +77,7 @@ class Level:
 
 
 class Levels(list[Level]):
-    """Levels from fastest to slowest; prints as a table."""
+    """Levels from fastest to slowest; prints as a table, in which (88) is an equation of the paper."""
 
     # Kinds of clock and their colours, the same throughout the book (book/style.mplstyle); the faster, the lighter.
     CLOCKS = (
@@ -116,21 +116,21 @@ class Levels(list[Level]):
 # What an optimizer keeps for its parameters, as memories of the gradient: name of the buffer -> objective, rule. A rule
 # may name the optimizer's settings. By the name of its class: this file and optim.py need not know each other.
 BUFFERS = {
-    "AdamW": {"first moment": ("-<m, g>", "EMA (eq. 33)"), "second moment": ("-<v, g^2>", "EMA")},
-    "Muon": {"momentum": ("-<m, g>", "EMA (eq. 42)")},
+    "AdamW": {"first moment": ("-<m, g>", "EMA (33)"), "second moment": ("-<v, g^2>", "EMA")},
+    "Muon": {"momentum": ("-<m, g>", "EMA (42)")},
     "SGD": {},
     "Accumulate": {"sum": ("-<m, g>", "GD, emptied once moved by")},
     "DGD": {},
-    "DeltaMomentum": {"momentum": ("1/2 |m g^T + I|^2", "delta GD with decay (eq. 49)")},
+    "DeltaMomentum": {"momentum": ("1/2 |m g^T + I|^2", "delta rule (49)")},
     "PreconditionedMomentum": {
-        "momentum": ("-<m, P(g)>", "GD with decay (eq. 47)"),
+        "momentum": ("-<m, P(g)>", "GD, decay (47)"),
         "preconditioner": ("mean of g^2 or g g^T", "EMA, {preconditioner}"),
     },
-    "DeepMomentum": {"MLP": ("1/2 |m(g) + g|^2", "GD with decay (eq. 50)")},
+    "DeepMomentum": {"MLP": ("1/2 |m(g) + g|^2", "GD, decay (50)")},
     "M3": {
         "fast momentum": ("-<m, g>", "EMA (Alg. 1)"),
         "second moment": ("-<v, g^2>", "EMA"),
-        "slow momentum": ("-<m, g>", "EMA (eq. 75)"),
+        "slow momentum": ("-<m, g>", "EMA (75)"),
     },
 }
 
@@ -174,22 +174,22 @@ def model_levels(model: Hope) -> list[Level]:
     memories = [layer for layer in layers if isinstance(layer, Memory)]
     if attention:
         window = attention[0].config.window
-        seen = f"last {window} tokens" if window else "all tokens so far"
-        found.append(Level("softmax attention", 0, seen, "regression (eq. 62)", "solved exactly", 0))
+        seen = f"last {window} tokens" if window else "all so far"
+        found.append(Level("softmax attention", 0, seen, "regression", "exact (62)", 0))
     loss = "1/2 |M k - v|^2" if m.objective == "l2" else "-<M k, v>"
-    rule = "delta GD (eq. 88)" if m.rule == "dgd" else "GD (eq. 17)"
-    pairs = "keys, own values" if m.self_values else "keys, values"
+    rule = "DGD (88)" if m.rule == "dgd" else "GD (17)"
+    pairs = "k, own v" if m.self_values else "k, v"
     for part in reversed(memories[0].parts) if memories else ():
         size = len(memories) * sum(w.numel() for w in memories[0].start_weights(part))
         short = "memory M" if part == "main" else ",".join(memories[0].adaptive)
         period = m.chunk_proj if part == "proj" else m.chunk if m.read == "chunk" else 1
         if m.momentum:
-            found.append(Level(f"{short}: momentum", period, "inner gradients", "-<m, g>", "EMA", size))
+            found.append(Level(f"{short}: momentum", period, "gradients", "-<m, g>", "EMA", size))
         found.append(Level("memories " * (part == "proj") + short, period, pairs, loss, rule, size, rank=1))
     for i in c.written:
         size = c.n_layer * sum(w.numel() for w in model.blocks[0].cms.levels[i].matrices)
         name = f"CMS, C = {c.cms[i]:g}"
-        found.append(Level(name, c.cms[i], "the stream", "next-token loss", "GD (eq. 71)", size, rank=2))
+        found.append(Level(name, c.cms[i], "stream", "next token", "GD (71)", size, rank=2))
     return found
 
 
@@ -202,20 +202,20 @@ def optimizer_levels(optimizers: Sequence[torch.optim.Optimizer]) -> list[Level]
             size, steps = buffer_size(optimizer, buffer), settings["every"] if buffer == "slow momentum" else 1
             if size:
                 name, rule = f"{kind}: {buffer}", rule.format(**settings)
-                found.append(Level(name, None, "outer gradients", objective, rule, size, steps))
+                found.append(Level(name, None, "gradients", objective, rule, size, steps))
     return found
 
 
 def parameter_levels(model: Hope, optimizers: Sequence[torch.optim.Optimizer]) -> list[Level]:
     """What optimizers move: parameters that `optim.Accumulate` holds back, and the others."""
     movers = [type(o).__name__ for o in optimizers if type(o).__name__ != "Accumulate"]
-    rule, found = " and ".join(movers) or "no optimizer given", []
+    rule, found = ", ".join(movers) or "no optimizer given", []
     rest = sum(p.numel() for p in model.parameters())
     for optimizer in optimizers:
         for group in optimizer.param_groups if type(optimizer).__name__ == "Accumulate" else ():
             name = f"CMS, C = {group['chunk']}: start state" if "chunk" in group else "slow parameters"
             size, period = sum(p.numel() for p in group["params"]), group["period"]
-            found.append(Level(name, None, "training text", "next-token loss", rule, size, period, rank=3))
+            found.append(Level(name, None, "text", "next token", rule, size, period, rank=3))
             rest -= size
     name = "parameters, start states"
-    return [*found, Level(name, None, "training text", "next-token loss", rule, rest, rank=3)]
+    return [*found, Level(name, None, "text", "next token", rule, rest, rank=3)]

@@ -313,6 +313,11 @@ def contents() -> str:
     return "\n".join(rows)
 
 
+def in_table(words: str) -> str:
+    """With its bars, which would end a cell, escaped."""
+    return words.replace("|", r"\|")
+
+
 def equations() -> str:
     found = sorted((check for text in chapters() for check in checks(text)), key=lambda c: order(c.label))
     status = {check.label: check.status for check in found}
@@ -323,7 +328,7 @@ def equations() -> str:
     )
     rows = [total, "", "| equation | chapter | status | what its check asserts |", "|---|---|---|---|"]
     rows += [
-        f"| [{spoken(c.label)}](#{c.label}) | [{number(c.text)}]({c.text.stem}.ipynb) | {c.status} | {c.name} |"
+        f"| [{spoken(c.label)}](#{c.label}) | [{number(c.text)}]({c.text.stem}.ipynb) | {c.status} | {in_table(c.name)} |"
         for c in found
     ]
     return "\n".join(rows)
@@ -353,7 +358,7 @@ def scorecard() -> str:
     total = f"Of {len(ordered)} items, {', '.join(count)}."
     rows = [total, "", "| item | chapter | status | in short |", "|---|---|---|---|"]
     rows += [
-        f"| [{spoken(s.label)}](#{s.label}) | [{number(s.text)}]({s.text.stem}.ipynb) | {s.status} | {s.name} |"
+        f"| [{spoken(s.label)}](#{s.label}) | [{number(s.text)}]({s.text.stem}.ipynb) | {s.status} | {in_table(s.name)} |"
         for s in ordered
     ]
     sentence = lambda words: f"{words[0].upper()}{words[1:]}."

@@ -85,7 +85,10 @@ def cards(app) -> str:
 
 def says(label: str, check: dict) -> str:
     status = next(s for s in (*maker().STATUSES, *maker().OUTCOMES) if s in check)
-    return f"{maker().spoken(label)} {'' if status == 'holds' else status + ': '}{check[status]}"
+    name = maker().spoken(label)
+    if status == "holds":
+        return f"{name} {check[status]}" if name.startswith("(") else f"{name}: {check[status]}"
+    return f"{name}, {status}: {check[status]}"
 
 
 def prose(notebook: dict, text: Path) -> None:

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from docutils import nodes
@@ -20,8 +21,31 @@ from docutils import nodes
 Documented = ast.FunctionDef | ast.ClassDef
 
 
+WIDTH = 88  # letters in a line of a page
+GAP = re.compile(r"(?<=\S) {2,}(?=\S)")  # between two columns
+
+
+def flowing(text: str) -> str:
+    """A docstring whose paragraphs are one line each, for the page to break; in a table the last column is broken here."""
+    lines: list[str] = []
+    goes_on: int | None = None  # where the next line begins if it goes on with this one, which was full
+    for line in text.strip().split("\n"):
+        bare = line.strip()
+        indent = len(line) - len(bare)
+        if bare and indent == goes_on and not bare.startswith("- ") and not GAP.search(line):
+            lines[-1] += f" {bare}"
+        elif len(line) > WIDTH and (gaps := list(GAP.finditer(line))):
+            at = gaps[-1].end()
+            lines += textwrap.wrap(line[at:], WIDTH, initial_indent=line[:at], subsequent_indent=at * " ")
+        else:
+            lines.append(line)
+        full = len(line) > 100 and not GAP.search(line)
+        goes_on = indent + 2 * bare.startswith("- ") if full else None
+    return "\n".join(lines)
+
+
 def block(text: str) -> str:
-    return f"~~~text\n{text.strip()}\n~~~"
+    return f"~~~text\n{flowing(text)}\n~~~"
 
 
 def signature(node: ast.FunctionDef) -> str:
@@ -83,7 +107,8 @@ def reference(module: str) -> str:
 
 
 def escaped(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>#|$~])", r"\\\1", text)
+    """As Markdown, with flags as code: a dash would be made of the two hyphens of others."""
+    return re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"`\g<0>`", re.sub(r"([\\`*_{}\[\]<>#|$~])", r"\\\1", text))
 
 
 def flags(module: str) -> str:

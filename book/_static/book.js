@@ -1,14 +1,30 @@
-// A formula and the full stop or comma after it stay on one line: MathJax's boxes would let a line break between them.
+// A formula stays on one line with the bracket before it and the full stop after it: MathJax's boxes would let a line
+// break between them.
 document.addEventListener("DOMContentLoaded", () => {
+  const text = (node) => (node?.nodeType === Node.TEXT_NODE ? node.data : "");
   for (const formula of document.querySelectorAll("article span.math")) {
-    const next = formula.nextSibling;
-    const mark = next?.nodeType === Node.TEXT_NODE ? next.data.match(/^[.,;:!?)\]]+/) : null;
-    if (!mark) continue;
+    const { previousSibling: before, nextSibling: after } = formula;
+    const opens = /[(\[“]*$/.exec(text(before))[0];
+    const closes = /^[.,;:!?)\]”]*/.exec(text(after))[0];
+    if (!opens && !closes) continue;
     const together = document.createElement("span");
     together.style.whiteSpace = "nowrap";
     formula.replaceWith(together);
-    together.append(formula, mark[0]);
-    next.data = next.data.slice(mark[0].length);
+    together.append(opens, formula, closes);
+    if (opens) before.data = before.data.slice(0, -opens.length);
+    if (closes) after.data = after.data.slice(closes.length);
+  }
+});
+
+// Names and flags of up to 22 letters are not broken; see book.css.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const word of document.querySelectorAll("article code span.pre")) {
+    word.classList.toggle("whole", word.textContent.length <= 22);
+  }
+  // Of "Solution to Exercise 1.1" the link is the exercise, without the space before it.
+  for (const link of document.querySelectorAll("div.solution > p.admonition-title > a")) {
+    link.before(" ");
+    link.firstChild.data = link.firstChild.data.trimStart();
   }
 });
 
@@ -52,11 +68,14 @@ document.addEventListener("DOMContentLoaded", () => {
   window.addEventListener("afterprint", () => shut.forEach((d) => (d.open = false)));
 });
 
-// The table of equations can be searched by number, status, chapter or word.
+// The tables of equations and scores are lists on a phone. The first can be searched by number, status, chapter or word.
 document.addEventListener("DOMContentLoaded", () => {
-  if (!location.pathname.endsWith("A-equations.html")) return;
+  const page = /(A-equations|C-scorecard)\.html$/.exec(location.pathname)?.[1];
+  if (!page) return;
   const table = document.querySelector("article table");
   table.classList.add("equations"); // see book.css
+  table.classList.toggle("scores", page === "C-scorecard");
+  if (page === "C-scorecard") return;
   const box = document.createElement("input");
   box.type = "search";
   box.className = "filter";
@@ -110,6 +129,27 @@ document.addEventListener("DOMContentLoaded", () => {
     figure.addEventListener("click", () => figure.classList.toggle("drawn"));
     figure.complete ? measure() : figure.addEventListener("load", measure);
   }
+});
+
+// What is wider than its box says so while there is more to the right; see book.css. A sentence is not: it has no columns.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const text of document.querySelectorAll("article div.cell_output pre, article div.highlight-text pre")) {
+    text.classList.toggle("sentences", !/\S {2,}\S/.test(text.textContent));
+  }
+  const boxes = "article pre, article .math, article div.cell_output, article div.pst-scrollable-table-container";
+  const all = [...document.querySelectorAll(boxes)];
+  const look = (box) => box.classList.toggle("more", box.scrollWidth - box.clientWidth - box.scrollLeft > 2);
+  const lookAtAll = () => all.forEach(look);
+  document.querySelector("article div.cell_output img")?.closest("div.cell_output").classList.add("first-figure");
+  all.forEach((box) => box.addEventListener("scroll", () => look(box), { passive: true }));
+  window.addEventListener("resize", lookAtAll);
+  for (const change of ["toggle", "click", "load"]) {
+    document.addEventListener(change, () => requestAnimationFrame(lookAtAll), true); // unfolded, resized, arrived
+  }
+  window.addEventListener("load", () => {
+    lookAtAll();
+    window.MathJax?.startup?.promise?.then(() => requestAnimationFrame(lookAtAll));
+  });
 });
 
 // A pointer that rests on the number of an equation shows it, wherever in the book it stands.
