@@ -67,8 +67,8 @@ def main() -> None:
     given = parser.parse_args()
     todo = [run for run in RUNS if given.quick or name_of(*run) not in stored()]
     for run in todo[: given.most]:
-        line, out = command(*run), ROOT / "runs" / f"truncate-{name_of(*run).replace(', ', '-')}{'-quick' * given.quick}"
-        begun = time.monotonic()
+        name = name_of(*run).replace(", ", "-") + "-quick" * given.quick
+        line, out, begun = command(*run), ROOT / "runs" / f"truncate-{name}", time.monotonic()
         last = trained(line, out, ("--steps", "2", "--seq-len", "128") if given.quick else ())
         shutil.rmtree(out)
         found = {"command": line, "step": last["step"], "bits per byte": round(last["val_bpb"], 4)}
