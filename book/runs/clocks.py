@@ -1,6 +1,6 @@
 """The run behind the clocks of each size: tiny Hope at equal tokens, on long streams, with fast clocks, slow ones and none.
 
-    python book/runs/clocks.py               what is missing; about 40 minutes of one core; writes clocks.json
+    python book/runs/clocks.py               what is missing; about 25 minutes of one core; writes clocks.json
     python book/runs/clocks.py --most 4      only so many trainings more
     python book/runs/clocks.py --seeds 3,4   also with these seeds
     python book/runs/clocks.py --quick       3 steps of each, and nothing is written
@@ -32,7 +32,7 @@ from hope import INF
 
 RESULT = Path(__file__).with_suffix(".json")
 ARMS = {"fast": (64.0, 256.0, INF), "slow": (512.0, 2048.0, INF), "unwritten": (INF, INF, INF), "one level": (INF,)}
-SEEDS, STEPS, ROWS, LENGTH, SHOWN, PART = (0, 1, 2), 64, 1, 4096, 8, 512
+SEEDS, STEPS, ROWS, LENGTH, SHOWN, PART = (0, 1, 2), 40, 1, 4096, 8, 512
 
 
 @cache
