@@ -752,7 +752,8 @@ def find_gradients(model: Hope, x: Tensor, y: Tensor, config: TrainConfig, world
     with gathered(model):
         for xs, ys in zip(x.split(at_once(config, world)), y.split(at_once(config, world))):
             with computing_in(config, world):
-                losses, _ = model.observe(xs, ys, reduction="none", backward=config.truncate, truncate=config.truncate)
+                how = dict(backward=config.truncate, truncate=config.truncate)
+                losses = model.observe(xs, ys, reduction="none", **how)[0]  # the state, which is large, goes at once
             loss = losses.sum() / max(1, scored)
             if not config.truncate:
                 (loss * average).backward()
