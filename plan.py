@@ -351,7 +351,7 @@ def print_plan(config: TrainConfig, model_config: HopeConfig, command: Command, 
     for name, (weights, gradients, buffers) in table.items():
         # Gradients come as activations go, so the rehearsed peak is less than their sum; from the second micro-batch
         # on, all gradients are there from the start.
-        most = max(peak, gradients) if share <= rows else gradients + max(0.0, peak - 4 * size) + state
+        most = max(peak, gradients) if share <= rows else gradients + max(0.0, peak - 4 * size)
         parts = (weights, gradients, buffers, state, max(0.0, peak - state - 4 * size), weights + buffers + most)
         print(f"{name:<12}" + "".join(f"{x / 1e9:>12.3f}" for x in parts))
     step = config.batch_size * config.seq_len

@@ -206,8 +206,9 @@ class HopeConfig:
     pattern: tuple[str, ...] = setting(("memory",), "layers of the blocks in turn: memory, or attention over `window`")
     cms: tuple[float, ...] = setting(
         (64, 256, INF),
-        "chunk size of each MLP of the CMS; inf moves with the outer optimizer only, at every step; one longer than a "
-        "training sequence moves its start state once per chunk, by the sum of its gradients", least=1,
+        "chunk size of each MLP of the CMS; hope and hope-attention from 340m on have 512,2048,inf, since short segments "
+        "keep a GPU waiting; inf moves with the outer optimizer only, at every step; one longer than a training sequence "
+        "moves its start state once per chunk, by the sum of its gradients", least=1,
     )  # fmt: skip
     cms_hidden: float = setting(
         2.0, "hidden width of these MLPs, times d_model; presets fit it to the size's parameters", above=0, below=INF
@@ -229,14 +230,16 @@ class HopeConfig:
         "first-order", "whether the outer gradient sees through the inner one (full costs a second derivative)"
     )
 
-    # Width, heads, depth, and what a block weighs in units of d_model^2: what its memory leaves goes to the MLPs.
+    # Width, heads, depth, what a block weighs in units of d_model^2 (what its memory leaves goes to the MLPs), and the
+    # CMS where the architecture has none of its own. A segment ends with every chunk of its fastest level; large models
+    # are trained on devices that need long segments to be busy. What slow levels cost in quality: chapter 19.
     SIZES = {
         "tiny": dict(d_model=128, n_head=4, n_layer=2, weight=17.6),
         "60m": dict(d_model=512, n_head=8, n_layer=8, weight=12.97, vocab_size=32000),
         "170m": dict(d_model=768, n_head=12, n_layer=16, weight=12.8, vocab_size=32000),
-        "340m": dict(d_model=1024, n_head=16, n_layer=24, weight=10.9, vocab_size=32000),
-        "760m": dict(d_model=1536, n_head=24, n_layer=24, weight=11.7, vocab_size=32000),
-        "1.3b": dict(d_model=2048, n_head=32, n_layer=24, weight=11.6, vocab_size=32000),
+        "340m": dict(d_model=1024, n_head=16, n_layer=24, weight=10.9, vocab_size=32000, cms=(512, 2048, INF)),
+        "760m": dict(d_model=1536, n_head=24, n_layer=24, weight=11.7, vocab_size=32000, cms=(512, 2048, INF)),
+        "1.3b": dict(d_model=2048, n_head=32, n_layer=24, weight=11.6, vocab_size=32000, cms=(512, 2048, INF)),
     }  # fmt: skip
     TRANSFORMER = dict(cms=(INF,), mlp="swiglu")
     ARCHS = {  # with the memory of the same name, unless another is named

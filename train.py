@@ -771,7 +771,8 @@ def find_gradients(
                 total += captured(xs, ys) / max(1, scored)
                 continue
             with computing_in(config, world):
-                losses, _ = model.observe(xs, ys, reduction="none", backward=config.truncate, truncate=config.truncate)
+                how = dict(backward=config.truncate, truncate=config.truncate)
+                losses = model.observe(xs, ys, reduction="none", **how)[0]  # the state, which is large, goes at once
             loss = losses.sum() / max(1, scored)
             if not config.truncate:
                 (loss * average).backward()

@@ -176,6 +176,14 @@ def test_sizes_have_the_parameters_of_their_name(size, millions, arch):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
 
 
+@pytest.mark.parametrize("size", hope.HopeConfig.SIZES)
+@pytest.mark.parametrize("arch", hope.HopeConfig.ARCHS)
+def test_the_clocks_are_those_of_the_size_unless_the_architecture_or_the_user_says_otherwise(size, arch):
+    clocks = (512, 2048, INF) if size in ("340m", "760m", "1.3b") else (64, 256, INF)
+    assert hope.HopeConfig.preset(size, arch).cms == (clocks if arch in ("hope", "hope-attention") else (INF,))
+    assert hope.HopeConfig.preset(size, arch, cms=(32, INF)).cms == (32, INF)
+
+
 @pytest.mark.parametrize(
     "other, message",
     [

@@ -11,7 +11,7 @@ safetensors and tqdm.
     rates      launches, views, bandwidth, matrix products: the constants of --plan
     kernels    every Triton kernel against float64, and 30 repeats bit for bit
     chunk      a chunk of a layer's memories: Triton, the reference, the compiled reference, by batch
-    segment    a segment of training as configured and with the clocks of long streams, by layers
+    segment    a segment of training as configured and with the clocks of small sizes, by layers
     graphs     the same as a CUDA graph (--dry: what would be recorded, run again), beside itself without
     layers     whole models of the size: time and memory
     train      train.py itself: one rank of FSDP2, validation, a checkpoint
@@ -257,9 +257,9 @@ def train_segments(bench: Bench, layers: int, batch: int, clocks: tuple, repeats
 
 
 def clock_choices(bench: Bench) -> list[tuple[int, tuple]]:
-    """Batches and clocks: as configured, and as long streams want them."""
-    configured = hope.HopeConfig.preset(bench.size).cms
-    return [(2, (16, 64, hope.INF))] if bench.dry else [(2, configured), (8, configured), (8, (512, 2048, hope.INF))]
+    """Batches and clocks: those of small sizes, and as configured."""
+    fast, configured = (hope.HopeConfig.preset(size).cms for size in ("tiny", bench.size))
+    return [(2, (16, 64, hope.INF))] if bench.dry else [(2, fast), (8, fast), (8, configured)]
 
 
 def segment(bench: Bench) -> Iterator[Row]:
