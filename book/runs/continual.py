@@ -2,6 +2,8 @@
 
     python book/runs/continual.py classes      about 2 minutes on one core; writes book/runs/continual-classes.json
     python book/runs/continual.py languages    under a minute; writes book/runs/continual-languages.json
+    python book/runs/continual.py classes --steps 45    pre-trained features, 10 minutes; continual-classes-trained.json
+    python book/runs/continual.py languages --steps 45  2 minutes; writes continual-languages-trained.json
 
 Every arm is written to the JSON as soon as it is done, and one that is there is not run again: an interrupted run goes
 on. --seeds 0 1 2 sets the seeds, --quick runs everything in seconds, to /tmp.
@@ -515,5 +517,6 @@ if __name__ == "__main__":
     QUICK, STEPS = o.quick, 2 if o.quick else o.steps
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    where = (Path("/tmp") if QUICK else HERE) / f"continual-{o.world}.json"
-    run(o.world, o.seeds, Found(where, f"python book/runs/continual.py {o.world}"))
+    trained, flag = ("-trained", f" --steps {STEPS}") if STEPS else ("", "")
+    where = (Path("/tmp") if QUICK else HERE) / f"continual-{o.world}{trained}.json"
+    run(o.world, o.seeds, Found(where, f"python book/runs/continual.py {o.world}{flag}"))
