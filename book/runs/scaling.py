@@ -1,6 +1,6 @@
-"""The long run of chapter 19: Hope, Titans, DeltaNet and Transformer++ at five sizes, at equal tokens and at equal time.
+"""The long run of chapter 19: Hope, Titans, DeltaNet and Transformer++ at four sizes, at equal tokens and at equal time.
 
-    python book/runs/scaling.py              what is missing; about 35 minutes of one core; writes scaling.json
+    python book/runs/scaling.py              what is missing; about 25 minutes of one core; writes scaling.json
     python book/runs/scaling.py --most 5     only so many trainings more
     python book/runs/scaling.py --seeds 3,4  also with these seeds
     python book/runs/scaling.py --size 64x2  of one size only, beside a run that does another
@@ -13,7 +13,7 @@ size, by a seed of its own and on a text for tuning. What is shown are seeds 0 t
 of 512 bytes, read with `Hope.observe`.
 
 For equal time, the three faster ones also train longer at one size, about until they have taken as long as Hope, each run
-with the whole schedule. Whether the rate still fits at three times the width is tried with half of it and double. Heads are 32 wide.
+with the whole schedule. Whether the rate still fits at the largest size is tried with half of it and double.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ from hope import INF
 
 RESULT = Path(__file__).with_suffix(".json")
 ARCHS = ("hope", "titans", "deltanet", "transformer++")
-SIZES = {"32x1": (32, 1), "32x2": (32, 2), "64x2": (64, 2), "96x2": (96, 2), "192x2": (192, 2)}  # width and blocks
-LARGEST = "192x2"
+SIZES = {"32x1": (32, 1), "32x2": (32, 2), "64x2": (64, 2), "96x2": (96, 2)}  # width and blocks; heads are 32 wide
 SEEDS, STEPS, ROWS, LENGTH = (0, 1, 2), 100, 4, 256
 RATES, TUNED_AT, TUNING_SEED = (0.02, 0.04, 0.08, 0.16), "32x2", 10
 FLAT = 0.02  # bits per byte between learning rates that count as equally good
@@ -130,7 +129,7 @@ def missing(rows: dict, seeds: tuple[int, ...]) -> list[tuple[str, str, int, flo
         return todo
     best = {arch: best_rate(rows, arch) for arch in ARCHS}
     shown = [(arch, size, 1, best[arch], seed) for seed in seeds for size in SIZES for arch in ARCHS]
-    small, large = ([key for key in shown if (key[1] == LARGEST) is at] for at in (False, True))
+    small, large = ([key for key in shown if (key[1] == CHECKED_AT) is at] for at in (False, True))
     longer = [(arch, LONGER_AT, times, best[arch], seed) for seed in seeds for arch, times in LONGER.items()]
     checked = [(arch, CHECKED_AT, 1, factor * best[arch], seeds[0]) for factor in (0.5, 2) for arch in CHECKED]
     return [key for key in small + longer + large + checked if name_of(*key) not in rows]
