@@ -97,10 +97,8 @@ def check_batch(state: Any, b: int) -> None:
     """ValueError unless `state` is one of b sequences."""
     sizes: set[int] = set()
     map_state(lambda z: sizes.add(z.shape[0]) or z, state)
-    given = ", ".join(map(str, sizes))
-    require(
-        sizes <= {b}, f"the state is of {given} sequences and the input of {b}; HopeState.select takes some of them"
-    )
+    given = f"the state is of {', '.join(map(str, sizes))} sequences and the input of {b}"
+    require(sizes <= {b}, f"{given}; HopeState.select takes some of them")
 
 
 def check_state(model: Hope, state: HopeState, b: int) -> None:
@@ -152,6 +150,11 @@ class AttentionState:
     v: Tensor
 
 
+def nothing(like: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros of these shapes, which take no memory."""
+    return [torch.zeros((), dtype=w.dtype, device=w.device).expand_as(w) for w in like]
+
+
 @dataclass
 class FastMLP:
     """In-context change of one MLP of a CMS, per sequence: tensors (b, *weight.shape)."""
@@ -160,22 +163,36 @@ class FastMLP:
     total: list[Tensor]  # gradient summed since the chunk began
     start: list[Tensor] | None = None  # nested wiring: what delta restarts from when the next slower chunk ends
     start_total: list[Tensor] | None = None  # and the gradient summed since that chunk began
+    at_rest = None  # see `weights`; no field, so that any change of the state drops it
+
+    def weights(self, matrices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """W + delta of each matrix (o, i) as `dtype`, (b, o, i): one copy, kept until delta moves."""
+        if self.at_rest is None or self.at_rest[0].dtype != dtype:
+            copies = [torch.empty_like(d, dtype=dtype) for d in self.delta]
+            with torch.no_grad():
+                self.at_rest = [torch.add(w, d, out=copy) for w, d, copy in zip(matrices, self.delta, copies)]
+        parts = zip(self.at_rest, matrices, self.delta)
+        return [GradientAlso.apply(GradientAlso.apply(copy, w), d) for copy, w, d in parts]
+
+    def same(self, new: FastMLP) -> FastMLP:
+        """`new`, whose delta has the values of this one's."""
+        new.at_rest = self.at_rest
+        return new
 
     def add(self, gradient: list[Tensor]) -> FastMLP:
-        """With a segment's gradient in the sums."""
-        plus = lambda sums: sums and [a + g for a, g in zip(sums, gradient)]
-        return replace(self, total=plus(self.total), start_total=plus(self.start_total))
+        """With a segment's gradient in the sums, which are that gradient where nothing is in them (see `nothing`)."""
+        plus = lambda sums: sums and [a + g if any(a.stride()) else g for a, g in zip(sums, gradient)]
+        return self.same(replace(self, total=plus(self.total), start_total=plus(self.start_total)))
 
     def move(self, step: Tensor) -> FastMLP:
         """At the end of its chunk (eq. 71)."""
-        zeros = [torch.zeros_like(a) for a in self.total]
-        return replace(self, delta=[w - step * g for w, g in zip(self.delta, self.total)], total=zeros)
+        delta = [w - step * g for w, g in zip(self.delta, self.total)]
+        return replace(self, delta=delta, total=nothing(delta))
 
     def restart(self, step: Tensor) -> FastMLP:
         """At the end of the next slower chunk, in nested wiring: back to the start state, which moves (eq. 72)."""
-        zeros = [torch.zeros_like(a) for a in self.total]
         start = [w - step * g for w, g in zip(self.start, self.start_total)]
-        return FastMLP(start, zeros, start, zeros)
+        return FastMLP(start, nothing(start), start, nothing(start))
 
 
 @dataclass
@@ -751,13 +768,26 @@ class Attention(SequenceLayer):
 # ---- Continuum memory system ----
 
 
-class FastLinear(nn.Linear):
-    """A linear layer whose weight (o, i) is changed per sequence by delta, (b, o, i) or None. x: (b, t, i)."""
+class GradientAlso(torch.autograd.Function):
+    """`value` (b, o, i), with its gradient also for `part`, one of its summands: of that shape, or (o, i)."""
 
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
-        if delta is None:
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, part: Tensor) -> Tensor:
+        ctx.shape = part.shape
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.sum_to_size(ctx.shape)
+
+
+class FastLinear(nn.Linear):
+    """A linear layer whose weight may be another for every sequence, (b, o, i). x: (b, t, i)."""
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        if weight is None:
             return super().forward(x)
-        y = x @ (self.weight + delta).to(x.dtype).mT
+        y = x @ weight.mT
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -800,7 +830,7 @@ def make_norm(config: HopeConfig, last: bool = False) -> nn.Module:
 class MLP(nn.Module):
     """One block of a CMS, x + W_out silu(W_in norm(x)), or its SwiGLU or GELU form.
 
-    `delta` changes the two matrices per sequence; norm and biases stay.
+    Its two matrices may be others for every sequence, see `FastMLP.weights`; norm and biases stay.
     """
 
     def __init__(self, config: HopeConfig):
@@ -815,15 +845,15 @@ class MLP(nn.Module):
         """The weights that a CMS may write."""
         return self.w_in.weight, self.w_out.weight
 
-    def forward(self, x: Tensor, delta: Sequence[Tensor] | None = None) -> Tensor:
-        d_in, d_out = delta or (None, None)
-        z = self.w_in(self.norm(x), d_in)
+    def forward(self, x: Tensor, matrices: Sequence[Tensor] | None = None) -> Tensor:
+        w_in, w_out = matrices or (None, None)
+        z = self.w_in(self.norm(x), w_in)
         if self.kind == "swiglu":
             gate, z = z.chunk(2, -1)
             z = F.silu(gate) * z
         else:
             z = F.gelu(z, approximate="tanh") if self.kind == "gelu" else F.silu(z)
-        return x + self.w_out(z, d_out)
+        return x + self.w_out(z, w_out)
 
 
 class CMS(nn.Module):
@@ -859,30 +889,32 @@ class CMS(nn.Module):
         for i in self.written:
             # In float32 at least: steps are small beside what they have added up to.
             zeros = [in_float32(w.new_zeros(b, *w.shape)) for w in self.levels[i].matrices]
-            state[i] = FastMLP(zeros, zeros, zeros, zeros) if i in self.slower else FastMLP(zeros, zeros)
+            sums = nothing(zeros)
+            state[i] = FastMLP(zeros, sums, zeros, sums) if i in self.slower else FastMLP(zeros, sums)
         return state
 
     def forward(self, x: Tensor, state: Sequence[FastMLP | None]) -> Tensor:
         """x: (b, t, d) -> (b, t, d), through the weights as they stand."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        weights = [fast and fast.weights(level.matrices, dtype) for level, fast in zip(self.levels, state)]
         if self.wiring == "independent":
-            return x + sum(level(x, fast and fast.delta) - x for level, fast in zip(self.levels, state))
-        for level, fast in zip(self.levels, state):
-            x = level(x, fast and fast.delta)
+            return x + sum(level(x, own) - x for level, own in zip(self.levels, weights))
+        for level, own in zip(self.levels, weights):
+            x = level(x, own)
         return x
 
-    def write(self, state: list[FastMLP | None], gradients: list[list[Tensor]], t: int) -> list[FastMLP | None]:
-        """Add a segment's gradients, per level those of its two matrices; levels whose chunk ends at time t move."""
+    def write(self, state: list[FastMLP | None], gradients: dict[int, list[Tensor]], t: int) -> list[FastMLP | None]:
+        """Add a segment's gradients, of levels that learn those of its two matrices; where a chunk ends at t, move."""
         steps = {i: rate / self.chunks[i] for i, rate in zip(self.written, self.rates())}
         new = list(state)
         for i in self.written:
-            new[i] = self._write_level(i, state[i].add(gradients[i]), t, steps)
+            fast, slower = state[i].add(gradients[i]) if i in gradients else state[i], self.slower.get(i)
+            if slower is not None and t % self.chunks[slower] == 0:
+                fast = fast.restart(steps[slower])
+            elif t % self.chunks[i] == 0:
+                fast = fast.move(steps[i])
+            new[i] = fast
         return new
-
-    def _write_level(self, i: int, fast: FastMLP, t: int, steps: dict[int, Tensor]) -> FastMLP:
-        slower = self.slower.get(i)
-        if slower is not None and t % self.chunks[slower] == 0:
-            return fast.restart(steps[slower])
-        return fast.move(steps[i]) if t % self.chunks[i] == 0 else fast
 
 
 # ---- Hope ----
@@ -971,10 +1003,12 @@ def outside_inference_mode(method: Callable) -> Callable:
     return run
 
 
-def own_deltas(state: list[FastMLP | None], detach: bool) -> list[FastMLP | None]:
-    """A CMS's state with deltas to which a gradient can be taken that reaches no further back; leaves with `detach`."""
+def own_deltas(state: list[FastMLP | None], learn: Sequence[int], detach: bool) -> list[FastMLP | None]:
+    """A CMS's state with deltas of its own for levels that learn, to which a gradient can be taken that reaches no
+    further back; leaves with `detach`."""
     own = lambda d: d.view_as(d) if d.requires_grad and not detach else d.detach().requires_grad_()
-    return [fast and replace(fast, delta=[own(d) for d in fast.delta]) for fast in state]
+    of = lambda fast: fast.same(replace(fast, delta=[own(d) for d in fast.delta]))
+    return [of(fast) if i in learn else fast for i, fast in enumerate(state)]
 
 
 class Hope(nn.Module):
@@ -1097,8 +1131,7 @@ class Hope(nn.Module):
         lesson = Lesson(levels, surprise, truncate, scored if reduction == "mean" else None)
         if state.segment and (state.segment.levels, state.segment.surprise) != (levels, surprise):
             state = self._bank(state)
-        losses, lengths = [], piece_lengths(state.observed, tokens.shape[1], self.config.clocks)
-        scores = []
+        losses, scores, lengths = [], [], piece_lengths(state.observed, tokens.shape[1], self.config.clocks)
         for piece in zip(tokens.split(lengths, 1), targets.split(lengths, 1)):
             loss, state, score = self._observe_piece(*piece, state, lesson)
             losses.append(loss)
@@ -1138,7 +1171,8 @@ class Hope(nn.Module):
         """The same state as values, with memories that hang on their start states once more and on nothing else."""
         restart = lambda memories: [block.memory.restart_graph(m) for block, m in zip(self.blocks, memories)]
         segment = state.segment and replace(state.segment, memories=restart(state.segment.memories))
-        return replace(state.detach(), memories=restart(state.memories), segment=segment)
+        cms = [[fast and fast.same(map_state(Tensor.detach, fast)) for fast in block] for block in state.cms]
+        return replace(state.detach(), memories=restart(state.memories), cms=cms, segment=segment)
 
     def _learn(
         self, segment: Segment, before: int, cms: list[list[FastMLP | None]], t: int, lesson: Lesson
@@ -1152,27 +1186,27 @@ class Hope(nn.Module):
         """
         keep_graph = torch.is_grad_enabled()
         full = keep_graph and self.config.inner_grad == "full" and not lesson.truncate
-        with torch.enable_grad():
-            fresh = [own_deltas(state, detach=lesson.truncate) for state in cms]
+        learn = self.config.written if segment.levels is None else segment.levels
+        with torch.set_grad_enabled(keep_graph or bool(learn)):
+            fresh = [own_deltas(state, learn, detach=lesson.truncate) for state in cms]
             logits, memories = self._run(segment.tokens, segment.memories, fresh)
             losses = token_loss(logits, segment.targets)
-            deltas, layout = tree_flatten([[fast.delta if fast else () for fast in state] for state in fresh])
+            deltas, layout = tree_flatten([{i: state[i].delta for i in learn} for state in fresh])
             with torch.autocast(logits.device.type, enabled=False):
                 if lesson.truncate and before == 0:
                     lesson.backward(losses)
                     found = [d.grad if lesson.scored is None else d.grad * lesson.scored for d in deltas]
                 else:
-                    found = torch.autograd.grad(losses.sum(), deltas, retain_graph=keep_graph, create_graph=full)
+                    how = dict(retain_graph=keep_graph, create_graph=full)
+                    found = torch.autograd.grad(losses.sum(), deltas, **how) if deltas else []
                     if lesson.truncate:
                         lesson.backward(losses[:, before:])
         if segment.surprise:  # sequences share nothing, so a gradient of the sum is each sequence's own
             teaches = losses.detach().sum(1) > segment.surprise * (segment.targets != -100).sum(1)
             found = [g * teaches[:, None, None] for g in found]
-        new = []
-        for block, state, gradients in zip(self.blocks, fresh, tree_unflatten(found, layout)):
-            for i in [] if segment.levels is None else set(block.cms.written) - set(segment.levels):
-                gradients[i] = map_state(torch.zeros_like, gradients[i])
-            new.append(block.cms.write(state, gradients, t))
+        each = zip(self.blocks, fresh, tree_unflatten(found, layout))
+        with torch.set_grad_enabled(keep_graph and not lesson.truncate):
+            new = [block.cms.write(state, gradients, t) for block, state, gradients in each]
         found = (losses[:, before:], memories, new, logits[:, before:])
         return found if keep_graph else map_state(Tensor.detach, found)
 
@@ -1253,9 +1287,8 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     given = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
     require(fits, f"{given}; allowed: temperature >= 0, top_k >= 1, 0 < top_p <= 1")
     best, likeliest = in_float32(logits).max(-1, keepdim=True)
-    require(
-        best.isfinite().all(), "logits are not finite: training diverged; take an earlier checkpoint, or a lower rate"
-    )
+    fits = best.isfinite().all()
+    require(fits, "logits are not finite: training diverged; take an earlier checkpoint, or a lower rate")
     if temperature == 0:
         return likeliest
     logits = (in_float32(logits) - best) / max(temperature, 1e-30)  # the best is 0 at any temperature

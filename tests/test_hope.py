@@ -218,6 +218,35 @@ def test_forward_after_observe_keeps_the_open_segment():
     assert state.cms[0][0].delta[0].abs().sum() > 0 and state.observed == 4
 
 
+def test_fast_weights_are_made_once_for_each_write(monkeypatch):
+    """W + delta stands until delta moves, in the precision it is multiplied in, and never outlives a change of W."""
+    made = []
+    weights = hope.FastMLP.weights
+
+    def counted(fast, matrices, dtype):
+        made.append(fast.at_rest is None)
+        return weights(fast, matrices, dtype)
+
+    monkeypatch.setattr(hope.FastMLP, "weights", counted)
+    model, x = random_model(small_config(n_layer=1, cms=(3, 6, INF))).float(), tokens(2, 12)
+    for how in (dict(backward=True, truncate=True), dict(backward=True), {}):
+        made.clear()
+        _, state = model.observe(x, x, **how)
+        assert made == [True, True, True, False, True, True, True, False]  # both levels, four segments
+    with torch.autocast("cpu", torch.bfloat16):
+        model.observe(x, x, backward=True, truncate=True)
+    made.clear()
+    for _ in zip(range(4), model.stream(x[:, :4], memorize=False)):
+        pass
+    assert sum(made) == 4  # by the prompt: twice the fast level, once the slow one, and what is read from there on once
+    before = model(x, state)[0]
+    with torch.no_grad():
+        model.blocks[0].cms.levels[0].w_in.weight.mul_(2)
+    after = model(x, state)[0]
+    fresh = hope.map_state(torch.clone, state)
+    assert not torch.equal(before, after) and torch.equal(after, model(x, fresh)[0])
+
+
 def test_the_choice_of_levels_holds_however_the_stream_goes_on():
     """What was chosen when a segment was observed is what learns from it, whatever comes before its chunk ends."""
     model, x, y = random_model(small_config()), tokens(2, 5), tokens(2, 5, seed=1)
