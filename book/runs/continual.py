@@ -2,6 +2,8 @@
 
     python book/runs/continual.py classes      about 2 minutes on one core; writes book/runs/continual-classes.json
     python book/runs/continual.py languages    under a minute; writes book/runs/continual-languages.json
+    python book/runs/continual.py classes --steps 45    pre-trained features, 4 minutes; continual-classes-trained.json
+    python book/runs/continual.py languages --steps 45  under a minute; writes continual-languages-trained.json
 
 Every arm is written to the JSON as soon as it is done, and one that is there is not run again: an interrupted run goes
 on. --seeds 0 1 2 sets the seeds, --quick runs everything in seconds, to /tmp.
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import hope
@@ -154,6 +157,8 @@ class Arm(NamedTuple):
 
 
 RATES, SHARPNESS = (2.0, 5.0, 15.0), (5.0, 15.0, 50.0)  # that are tried
+HIGHER = 45.0  # and this where models are pre-trained, which are best at the highest of RATES
+ATTENTION_RATES = (0.003, 0.01, 0.03)  # of training attention
 
 
 ARMS = {
@@ -208,30 +213,53 @@ def train(world: str, arm: Arm, rate: float, seed: int) -> hope.Hope:
 # ---- Asking ----
 
 
-@torch.no_grad()
-def attend(model: hope.Hope, stream: Stream, sharpness: float, latest: bool) -> Outcome:
-    """In context only: attention from a question to the examples themselves, all or those of the latest stage.
+def features(model: hope.Hope, tokens: Tensor) -> Tensor:
+    """What goes into the CMS, as a unit vector. (b, t) -> (b, t, d)"""
+    block, x = model.blocks[0], model.embed(tokens)
+    return F.normalize(x + block.memory(block.norm(x))[0], dim=-1)
+
+
+def look_up(model: hope.Hope, stream: Stream, k: int, sharpness: Tensor | float, latest: bool = False) -> Tensor:
+    """In context only: attention from questions to the examples themselves, of stages 0 to k or of the latest, k.
 
     Non-parametric: the answer is the mean of the labels seen, weighted by the softmax of sharpness times the cosine
-    between what the CMS would be given. Nothing is written.
+    between features. Nothing is written. Returns probabilities (b, k + 1, n, vocab).
     """
-    block, outcome = model.blocks[0], nothing_known(stream)
+    questions = stream.questions[:, : k + 1]
+    b, groups, n, length = questions.shape
+    asked = features(model, questions.reshape(-1, length))[:, -1].view(b, groups * n, -1)
+    seen = range(k, k + 1) if latest else range(k + 1)
+    key = torch.cat([features(model, stream.tokens[:, i]) for i in seen], 1)
+    labels = stream.targets[:, list(seen)].flatten(1)
+    weights = (sharpness * asked @ key.mT).masked_fill(labels[:, None] < 0, -torch.inf).softmax(-1)
+    return (weights @ F.one_hot(labels.clamp(min=0), model.config.vocab_size).float()).view(b, groups, n, -1)
 
-    def features(tokens: Tensor) -> Tensor:
-        """What goes into the CMS, as a unit vector. (b, t) -> (b, t, d)"""
-        x = model.embed(tokens)
-        return torch.nn.functional.normalize(x + block.memory(block.norm(x))[0], dim=-1)
 
-    b, groups, n, length = stream.questions.shape
-    asked = features(stream.questions.reshape(-1, length))[:, -1].view(b, groups * n, -1)
-    keys = torch.stack([features(stream.tokens[:, k]) for k in range(groups)], 1)
-    for k in range(groups):
-        seen = slice(k, k + 1) if latest else slice(k + 1)
-        labels, key = stream.targets[:, seen].flatten(1), keys[:, seen].flatten(1, 2)
-        weights = (sharpness * asked @ key.mT).masked_fill(labels[:, None] < 0, -torch.inf).softmax(-1)
-        one_hot = torch.nn.functional.one_hot(labels.clamp(min=0), model.config.vocab_size).float()
-        judge((weights @ one_hot).view(b, groups, n, -1)[:, : k + 1], stream, k, outcome)
+@torch.no_grad()
+def attend(model: hope.Hope, stream: Stream, sharpness: float, latest: bool) -> Outcome:
+    """`look_up` after every stage."""
+    outcome = nothing_known(stream)
+    for k in range(stream.answers.shape[1]):
+        judge(look_up(model, stream, k, sharpness, latest), stream, k, outcome)
     return outcome
+
+
+def train_attention(world: str, lr: float, seed: int) -> tuple[hope.Hope, float]:
+    """Features and sharpness, trained for `look_up` at the end of streams of other worlds (a matching network)."""
+    model, g = build(world, ARMS[BASE], RATES[0], seed), torch.Generator().manual_seed(1000 + seed)
+    log_sharpness = torch.nn.Parameter(torch.tensor(SHARPNESS[1]).log())
+    weights = [*model.embed.parameters(), *model.blocks[0].memory.parameters(), *model.blocks[0].norm.parameters()]
+    optimizer = torch.optim.AdamW([*weights, log_sharpness], lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=STEPS, pct_start=0.1)
+    for _ in range(STEPS):
+        stream = WORLDS[world](BATCH, g)
+        p = look_up(model, stream, stream.answers.shape[1] - 1, log_sharpness.exp())
+        loss = -p.gather(-1, stream.answers[..., None]).clamp(min=1e-6).log().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model, log_sharpness.exp().item()
 
 
 def answer(model: hope.Hope, state: hope.HopeState, questions: Tensor) -> Tensor:
@@ -456,7 +484,8 @@ def run(world: str, seeds: list[int], found: Found) -> None:
 
     def tuning(name: str) -> dict:
         test = streams(world, TUNING)
-        return {s: round(score(follow(model(name, s, TUNING), test)[0]), 4) for s in RATES}
+        tried = (*RATES, HIGHER) if STEPS else RATES
+        return {s: round(score(follow(model(name, s, TUNING), test)[0]), 4) for s in tried}
 
     def best(name: str) -> float:
         scores = found.all["runs"][f"tuning, {name}"]
@@ -474,6 +503,14 @@ def run(world: str, seeds: list[int], found: Found) -> None:
     def context(seed: int, sharpness: float, latest: bool) -> Outcome:
         return attend(model(BASE, best(BASE), seed), streams(world, seed), sharpness, latest)
 
+    @cache
+    def matching(lr: float, seed: int) -> tuple[hope.Hope, float]:
+        return train_attention(world, lr, seed)
+
+    def trained_context(seed: int, lr: float, latest: bool) -> Outcome:
+        attention, sharpness = matching(lr, seed)
+        return attend(attention, streams(world, seed), sharpness, latest)
+
     arms([BASE])
     for name, latest in (("in context, all", False), ("in context, one stage", True)):
         sharp = found.get(
@@ -483,6 +520,16 @@ def run(world: str, seeds: list[int], found: Found) -> None:
         for seed in seeds:
             result = lambda: {"setting": sharpest} | summary(context(seed, sharpest, latest))
             found.get(f"{name}, seed {seed}", result)
+    for name, latest in (("in context, trained, all", False), ("in context, trained, one stage", True)):
+        if STEPS:
+            scores = found.get(
+                f"tuning, {name}",
+                lambda: {lr: round(score(trained_context(TUNING, lr, latest)), 4) for lr in ATTENTION_RATES},
+            )
+            lr = float(max(scores, key=scores.get))
+            for seed in seeds:
+                result = lambda: {"setting": lr} | summary(trained_context(seed, lr, latest))
+                found.get(f"{name}, seed {seed}", result)
     if world == "classes":
         grid = [(lr, passes) for lr in (0.001, 0.003, 0.01) for passes in (1, 4)]
         plain = found.get(
@@ -515,5 +562,6 @@ if __name__ == "__main__":
     QUICK, STEPS = o.quick, 2 if o.quick else o.steps
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    where = (Path("/tmp") if QUICK else HERE) / f"continual-{o.world}.json"
-    run(o.world, o.seeds, Found(where, f"python book/runs/continual.py {o.world}"))
+    trained, flag = ("-trained", f" --steps {STEPS}") if STEPS else ("", "")
+    where = (Path("/tmp") if QUICK else HERE) / f"continual-{o.world}{trained}.json"
+    run(o.world, o.seeds, Found(where, f"python book/runs/continual.py {o.world}{flag}"))
