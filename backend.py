@@ -1,19 +1,22 @@
 """Which code runs the loops of kernels.py: Triton on GPUs, plain PyTorch elsewhere; and Triton itself, if it is there.
 
-    uses_triton    what runs for a tensor; `using` changes that for a while, the environment's HOPE_KERNELS for a process
-    suits, scans   whether it can, for given tensors; `fall_back` warns, once, where plain PyTorch runs after all
-    precision      how products are computed
+    uses_triton       what runs for a tensor; `using` changes it for a while, the environment's HOPE_KERNELS for good
+    chunks_by_triton  the same for a chunk, where it may have been measured that plain PyTorch is faster
+    suits, scans      whether it can, for given tensors; `fall_back` warns, once, where plain PyTorch runs after all
+    precision         how products are computed
 
 kernels.py offers `uses_triton`, `using` and `scans` as its own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,6 +47,27 @@ def uses_triton(z: Tensor) -> bool:
         fall_back("GPUs before sm_80 have neither TF32 nor bfloat16 products; HOPE_KERNELS=triton tries")
         return False
     return triton is not None and (choice == "triton" or choice == "auto" and z.is_cuda)
+
+
+def chunks_by_triton(z: Tensor) -> bool:
+    """Whether Triton runs `dgd_chunk` for tensors on z's device: where `uses_triton`, unless nothing forces it and
+    tests/bench/gpu.json says that plain PyTorch is faster on this GPU (`python tests/bench/gpu.py --measure`)."""
+    if not uses_triton(z) or not z.is_cuda or os.environ.get("HOPE_KERNELS") == "triton":
+        return uses_triton(z)
+    return torch.cuda.get_device_name(z.device) not in slow_at_chunks()
+
+
+@lru_cache(maxsize=None)
+def slow_at_chunks() -> list[str]:
+    """The GPU that was measured, if there Triton takes longer for a chunk and its backward pass than the reference in
+    the same precision, at the largest batch that was measured."""
+    path = Path(__file__).with_name("tests") / "bench" / "gpu.json"
+    found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    rows = [row for row in found["rows"].get("chunk", []) if "failed" not in row]
+    times = {(row["how"], row["batch"]): row["forward_us"] + row["backward_us"] for row in rows}
+    both = [batch for how, batch in times if how == "triton" and ("reference", batch) in times]
+    slow = both and times["triton", max(both)] > times["reference", max(both)]
+    return [found["device"]["name"]] if slow else []
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from inner import apply_memory, inner_gradients, layer_norm, unit
-from kernels import chunk_gates, dgd_chunk, in_float32, memory_scan, scans, uses_triton
+from kernels import chunk_gates, chunks_by_triton, dgd_chunk, in_float32, memory_scan, scans
 from settings import INF, HopeConfig, MemoryConfig, require
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
@@ -581,7 +581,7 @@ class Memory(SequenceLayer):
             for name, group in groups.items():
                 if t % self.clocks[name] == 0:
                     groups = {**groups, name: replace(group, anchor=group.now)}
-            compiled = self.compiled and n == self.config.chunk and not uses_triton(some)
+            compiled = self.compiled and n == self.config.chunk and not chunks_by_triton(some)
             step = compiled_step() if compiled else Memory._write_and_read
             y, groups = step(self, piece, groups)
             ys.append(y)
@@ -619,7 +619,7 @@ class Memory(SequenceLayer):
         if c.decay_first:  # gradients are divided by alpha below; so little of a state is as good as nothing
             alpha = alpha.clamp(min=1e-3)
         alone = k.shape[3] == 1 and not torch.is_grad_enabled()  # needs none, and kernels make their own
-        gates = None if alone or uses_triton(k) else chunk_gates(alpha, theta, ema=True)
+        gates = None if alone or chunks_by_triton(k) else chunk_gates(alpha, theta, ema=True)
         written, inner_read = {}, None
         for name, group in groups.items():
             query = q if name == "main" and c.read != "chunk" else None

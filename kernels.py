@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backend import constexpr, jit, on_device, precision, scans, suits, tl, uses_triton, using
+from backend import chunks_by_triton, constexpr, jit, on_device, precision, scans, suits, tl, uses_triton, using
 from backend import triton as triton  # None where it is not installed
 
 __all__ = [
@@ -130,7 +130,7 @@ def dgd_chunk(
     inputs = M, m, X, D, Q, eta, alpha, theta
     _check_chunk(*inputs)
     rule = _Rule(ema, inclusive, delta, readers)
-    if uses_triton(X) and suits(*inputs):
+    if chunks_by_triton(X) and suits(*inputs):
         return _TritonChunk.apply(rule, *inputs)
     return _reference(*inputs, rule, gates, MX)
 

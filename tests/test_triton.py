@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,26 @@ def assert_agree(args, rtol=1e-4, read=("M", "m", "R"), **flags):
         a, b = got.get(k, torch.zeros(1)), want.get(k, torch.zeros(1))
         error = (a - b).abs().max() / b.abs().max().clamp(min=1e-6)
         assert error < rtol, f"{k}: {error:.1e}"
+
+
+@pytest.mark.parametrize("triton_us, faster", [(900.0, True), (1100.0, False)])
+def test_a_gpu_takes_for_chunks_what_was_faster_when_it_was_measured(tmp_path, monkeypatch, triton_us, faster):
+    times = {("triton", 2): 10.0, ("reference", 2): 20.0, ("triton", 8): triton_us, ("reference", 8): 1000.0}
+    rows = [dict(how=how, batch=b, forward_us=us, backward_us=us) for (how, b), us in times.items()]
+    path = tmp_path / "tests/bench/gpu.json"
+    path.parent.mkdir(parents=True)
+    failed = dict(how="triton", batch=16, failed="out of memory")
+    path.write_text(json.dumps({"device": {"name": "This GPU"}, "rows": {"chunk": [*rows, failed]}}))
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    monkeypatch.setattr(backend, "uses_triton", lambda z: True)
+    on_gpu = lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    z = SimpleNamespace(is_cuda=True, device="cuda")
+    backend.slow_at_chunks.cache_clear()
+    for name, choice, expected in (("This GPU", "", faster), ("Another", "", True), ("This GPU", "triton", True)):
+        on_gpu(name)
+        monkeypatch.setenv("HOPE_KERNELS", choice)
+        assert backend.chunks_by_triton(z) == expected
+    backend.slow_at_chunks.cache_clear()
 
 
 # c = 19 and 20 x 18 memories: two blocks of tokens, of rows and tiles of the width, and all of them ragged.
