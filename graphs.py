@@ -22,13 +22,14 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data import UserError
-from hope import Hope, HopeState, map_state, piece_lengths
+from hope import Hope, HopeState, map_state, nothing, piece_lengths
 from settings import HopeConfig, require
 
 Act = Callable[[], None]
@@ -97,12 +98,12 @@ class Captured:
         record = record or recorder(weight.device)
         self.tokens, self.targets = torch.zeros(2, rows, max(self.lengths), dtype=torch.long, device=weight.device)
         self.loss = torch.zeros((), device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            self.state = map_state(lambda z: z.clone(memory_format=torch.contiguous_format), model.init_state(rows))
+        self.state = self._places()
         kinds, start = {}, 0
         for n in self.lengths:
             kinds.setdefault(self._kind(start, n), (start, n))
             start += n
+        self._begin()
         for p in model.parameters():
             p.grad = None
         for place in kinds.values():
@@ -112,6 +113,25 @@ class Captured:
         self.zero_gradients()
         self.begin = record(self._begin)
         self.records = {kind: record(lambda place=place: self._segment(*place)) for kind, place in kinds.items()}
+
+    @torch.no_grad()
+    def _places(self) -> HopeState:
+        """A state of tensors of its own, where segments find theirs and leave it.
+
+        That of a CMS has its weights at rest with it (see `FastMLP.weights`), and room for the sums of gradients only
+        where they go on from one segment to the next.
+        """
+        config, ends = self.model.config, list(accumulate(self.lengths))[:-1]
+        state = map_state(lambda z: z.clone(memory_format=torch.contiguous_format), self.model.init_state(self.rows))
+        with self.computing():
+            kind, dtype = self.loss.device.type, self.loss.dtype
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        for levels in state.cms:
+            for i in config.written:
+                if all(end % config.cms[i] == 0 for end in ends):
+                    levels[i] = replace(levels[i], total=nothing(levels[i].delta))
+                levels[i].at_rest = [torch.empty_like(d, dtype=dtype) for d in levels[i].delta]
+        return state
 
     def _kind(self, start: int, n: int) -> tuple:
         """All that n tokens from `start` on share with others that one graph serves."""
@@ -128,9 +148,19 @@ class Captured:
     @torch.no_grad()
     def _keep(self, state: HopeState) -> None:
         """Copy a state to where the next segment finds it."""
-        keep = lambda place, z: place if place.data_ptr() == z.data_ptr() else place.copy_(z)
+
+        def keep(place: Tensor, z: Tensor) -> Tensor:
+            there = place.data_ptr() == z.data_ptr() or not any(place.stride())  # as it was, or without a place
+            return place if there else place.copy_(z)
+
         map_state(keep, self.state.memories, state.memories)
-        map_state(keep, self.state.cms, state.cms)
+        for block, places, levels in zip(self.model.blocks, self.state.cms, state.cms):
+            for i in block.cms.written:
+                moved = places[i].delta[0].data_ptr() != levels[i].delta[0].data_ptr()
+                map_state(keep, places[i], levels[i])
+                if moved:
+                    for w, d, copy in zip(block.cms.levels[i].matrices, places[i].delta, places[i].at_rest):
+                        torch.add(w, d, out=copy)
 
     @torch.no_grad()
     def _begin(self) -> None:

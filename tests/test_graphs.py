@@ -1,5 +1,6 @@
 """That a segment of training can be captured in a CUDA graph, and that graphs of segments make a step; without a GPU."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import graphs
 import hope
 import kernels
+import train
 
 INF = hope.INF
 
@@ -201,9 +203,9 @@ def both_ways(config: hope.HopeConfig, length: int) -> tuple[graphs.Captured, li
 @pytest.mark.parametrize(
     "settings, length, kinds",
     [
-        (dict(cms=(16, 64, INF), chunk=8, chunk_proj=16), 160, 3),  # the last 32 tokens end no slow chunk
+        (dict(cms=(16, 64, INF), chunk=8, chunk_proj=16), 160, 2),  # the last 32 tokens end no slow chunk
         (dict(cms=(16, 64, INF), chunk=8, chunk_proj=16), 72, 3),  # the last 8 end none at all
-        (dict(cms=(4, 6), chunk=3, chunk_proj=5), 32, None),  # nothing divides anything
+        (dict(cms=(4, 6), chunk=3, chunk_proj=4), 32, 4),  # clocks and chunks that do not divide each other
         (dict(cms=(8, 16, INF), wiring="nested", learn_rates=False), 40, 2),
         (dict(cms=(8, 16), wiring="independent", remat=1), 40, 2),
         (dict(cms=(64, INF)), 24, 1),  # a clock longer than the row
@@ -217,12 +219,51 @@ def both_ways(config: hope.HopeConfig, length: int) -> tuple[graphs.Captured, li
 def test_steps_by_records_of_segments_are_those_of_observe(settings, length, kinds):
     """In float64: losses, gradients, weights and states, over steps whose tokens and weights differ."""
     captured, found, expected, state = both_ways(small_config(**settings), length)
-    assert kinds is None or len(captured.records) == kinds
-    assert len(captured.records) < len(captured.lengths) or len(captured.lengths) == 1
+    assert len(captured.records) == kinds and (kinds < len(captured.lengths) or kinds == 1)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     if len(captured.lengths) > 1:
-        for a, b in zip(
-            flat((captured.state.memories, captured.state.cms)), flat((state.memories, state.cms)), strict=True
-        ):
+        values = lambda state: flat([state.memories, [[fast and fast.delta for fast in block] for block in state.cms]])
+        for a, b in zip(values(captured.state), values(state), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings, why",
+    [
+        (dict(arch="hope-attention"), "attention sees more keys"),
+        (dict(arch="retnet", cms=(8, INF)), "positions differ"),
+        (dict(n_position=32), "positions differ"),
+    ],
+)
+def test_segments_that_differ_in_more_than_their_clocks_are_refused(settings, why):
+    config = small_config(**settings)
+    with pytest.raises(ValueError, match=f"{why}.*; leave out --capture, or give clocks"):
+        graphs.Captured(hope.Hope(config), 2, 24, nullcontext)
+    assert graphs.segments(config, 6) == [6]
+
+
+def test_a_run_that_cannot_be_captured_says_why(tmp_path, capsys):
+    (tmp_path / "text").write_text("a few words " * 400)
+    where = ["--data", str(tmp_path / "text"), "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    for flags, why in (
+        ([], "capture takes one segment at a time, and so does truncate; give --truncate as well"),
+        (["--truncate", "--compile"], "does not go with compile"),
+        (["--truncate", "--optimizer", "dgd"], "does not go with optimizer dgd"),
+        (["--truncate", "--device", "cpu", "--steps", "1", "--seq-len", "64"], "this run is on cpu; leave it out"),
+    ):
+        assert train.main(["--capture", *flags, *where]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_the_plan_of_a_captured_step_gives_graphs_and_the_same_work(capsys):
+    launches = {}
+    for flags in ([], ["--capture"]):
+        assert train.main(["--plan", "--truncate", "--seq-len", "128", "--cms", "64,128,inf", *flags]) == 0
+        out = capsys.readouterr().out
+        launches[len(flags)] = re.search(r"^  launches .* s  ([\d,]+) of", out, re.M)[1]
+        assert ("in graphs of 2 segments" in out) == bool(flags)
+        launches[len(flags), "work"] = re.search(r"^  work +(\S+) s", out, re.M)[1]
+    assert (
+        launches[1] == "7" and int(launches[0].replace(",", "")) > 1000 and launches[0, "work"] == launches[1, "work"]
+    )

@@ -273,35 +273,39 @@ def segment(bench: Bench) -> Iterator[Row]:
         yield row | dict(tokens_s=1e3 * batch * clocks[0] / whole, ms_per_layer=per_layer)
 
 
-def graph(bench: Bench) -> Iterator[Row]:
-    """A round of the slowest clock from a start state, as `observe` goes through it and by graphs; and whether both
-    give the same gradients."""
+def one_round(bench: Bench, batch: int, clocks: tuple) -> Iterator[Row]:
+    """A round of the slowest clock from a start state, as `observe` goes through it and by graphs; and how far their
+    losses and gradients differ."""
     autocast = lambda: torch.autocast(bench.device, torch.bfloat16)
+    model, length = make_model(bench, bench.layers[1], clocks), int(clocks[1])
+    x, y = torch.randint(model.config.vocab_size, (2, batch, length), device=bench.device)
+    row = dict(layers=bench.layers[1], batch=batch, clocks=list(map(str, clocks)))
+
+    def plain() -> torch.Tensor:
+        with autocast():
+            return model.observe(x, y, reduction="none", backward=True, truncate=True)[0].sum()
+
+    def timed(act: Callable[[], object]) -> Row:
+        seconds = bench.seconds(act, 3, 1) / (length / clocks[0])
+        return dict(ms=1e3 * seconds, tokens_s=batch * clocks[0] / seconds, **bench.peak())
+
+    loss = plain().item()
+    expected = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
+    yield dict(how="plain", **row, **timed(plain))
+    begun = time.perf_counter()
+    captured = graphs.Captured(model, batch, length, autocast)
+    captured.zero_gradients()
+    bench.wait()
+    row |= dict(graphs=len(captured.records), to_capture_s=time.perf_counter() - begun)
+    norm = lambda tensors: torch.stack([z.norm() for z in tensors]).norm()
+    row["loss_error"] = abs(captured(x, y).item() / loss - 1)
+    row["gradient_error"] = (norm(p.grad - g for p, g in expected.items()) / norm(expected.values())).item()
+    yield dict(how="captured", **row, **timed(lambda: captured(x, y)))
+
+
+def by_graphs(bench: Bench) -> Iterator[Row]:
     for batch, clocks in clock_choices(bench):
-        model, length = make_model(bench, bench.layers[1], clocks), int(clocks[1])
-        x, y = torch.randint(model.config.vocab_size, (2, batch, length), device=bench.device)
-
-        def plain() -> torch.Tensor:
-            with autocast():
-                return model.observe(x, y, reduction="none", backward=True, truncate=True)[0].sum()
-
-        row = dict(layers=bench.layers[1], batch=batch, clocks=list(map(str, clocks)))
-        loss = plain().item()
-        expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-        seconds = bench.seconds(plain, 2, 1) / (length / clocks[0])
-        yield dict(how="plain", **row, ms=1e3 * seconds, tokens_s=batch * clocks[0] / seconds, **bench.peak())
-        begun = time.perf_counter()
-        captured = graphs.Captured(model, batch, length, autocast)
-        bench.wait()
-        row |= dict(how="captured", graphs=len(captured.records), to_capture_s=time.perf_counter() - begun)
-        found = captured(x, y).item()
-        pairs = [(a, p.grad) for a, p in zip(expected, model.parameters()) if a is not None]
-        size = torch.stack([a.norm() for a, _ in pairs]).norm()
-        error = torch.stack([(a - b).norm() for a, b in pairs]).norm() / size
-        row |= dict(loss_error=abs(found / loss - 1), gradient_error=error.item())
-        seconds = bench.seconds(lambda: captured(x, y), 3, 1) / (length / clocks[0])
-        yield dict(**row, ms=1e3 * seconds, tokens_s=batch * clocks[0] / seconds, **bench.peak())
-        captured = None  # and its memory
+        yield from one_round(bench, batch, clocks)
 
 
 def layers(bench: Bench) -> Iterator[Row]:
@@ -362,7 +366,7 @@ GROUPS = {
     "kernels": check_kernels,
     "chunk": chunk,
     "segment": segment,
-    "graphs": graph,
+    "graphs": by_graphs,
     "layers": layers,
     "train": train,
 }
