@@ -691,7 +691,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    look = dict(description=__doc__.split("\n\nEvery")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    look = dict(description=__doc__.split("\n\nEvery")[0], formatter_class=train.Help)
     parser = Parser(prog="evaluation.py", allow_abbrev=False, **look)
     parser.add_argument("run", metavar="RUN", help="a run or an export of train.py, or a pre-trained model")
     hints = get_type_hints(Options)

@@ -34,6 +34,7 @@ import argparse
 import difflib
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -43,7 +44,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -1179,10 +1179,20 @@ KINDS = {
 }
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal, up to 120; what an example does stands below it where there is no room beside it."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(re.sub(r"(?<=\S) {2,}", "\n        ", s) if len(s) > width else s for s in lines)
+
+
 def make_parser(everything: bool = True) -> argparse.ArgumentParser:
     """A parser in which flags that are not given are None, so that presets and stored runs keep their values."""
-    form = partial(argparse.RawDescriptionHelpFormatter, width=120, max_help_position=34)
-    look = dict(formatter_class=form, description=__doc__.split("\n\nIn this file")[0])
+    look = dict(formatter_class=Help, description=__doc__.split("\n\nIn this file")[0])
     parser = Parser(prog="train.py", usage="python train.py [FLAG ...]", allow_abbrev=False, add_help=False, **look)
     parser.add_argument("--help", action="store_true", help="what most runs need")
     parser.add_argument(

@@ -138,7 +138,10 @@ document.addEventListener("DOMContentLoaded", () => {
   }
   const boxes = "article pre, article .math, article div.cell_output, article div.pst-scrollable-table-container";
   const all = [...document.querySelectorAll(boxes)];
-  const look = (box) => box.classList.toggle("more", box.scrollWidth - box.clientWidth - box.scrollLeft > 2);
+  const look = (box) => {
+    const scrolls = box.clientWidth && box.scrollWidth - box.clientWidth - box.scrollLeft > 2; // 0 within a line
+    box.classList.toggle("more", Boolean(scrolls));
+  };
   const lookAtAll = () => all.forEach(look);
   document.querySelector("article div.cell_output img")?.closest("div.cell_output").classList.add("first-figure");
   all.forEach((box) => box.addEventListener("scroll", () => look(box), { passive: true }));
