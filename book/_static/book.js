@@ -139,8 +139,8 @@ document.addEventListener("DOMContentLoaded", () => {
   const boxes = "article pre, article .math, article div.cell_output, article div.pst-scrollable-table-container";
   const all = [...document.querySelectorAll(boxes)];
   const look = (box) => {
-    const scrolls = box.clientWidth && box.scrollWidth - box.clientWidth - box.scrollLeft > 2; // 0 within a line
-    box.classList.toggle("more", Boolean(scrolls));
+    const fits = box.matches("span.math:not(.long)") || box.scrollWidth - box.clientWidth - box.scrollLeft <= 2;
+    box.classList.toggle("more", !fits);
   };
   const lookAtAll = () => all.forEach(look);
   document.querySelector("article div.cell_output img")?.closest("div.cell_output").classList.add("first-figure");
