@@ -17,6 +17,7 @@ import plan
 import train
 
 ROOT = Path(plan.__file__).parent
+README = (ROOT / "README.md").read_text()
 SMALL = ["--plan", "--arch", "transformer++", "--seq-len", "32"]
 
 
@@ -56,6 +57,7 @@ def planned(capsys, *args: str) -> dict[str, list[float]]:
         ("tiny", dict(seq_len=128, batch_size=2)),
         ("tiny", dict(seq_len=256, batch_size=2, arch="transformer++", optimizer="adamw")),
         ("tiny", dict(seq_len=128, batch_size=2, truncate=True, recompute=True)),
+        ("tiny", dict(seq_len=128, batch_size=6, truncate=True, micro_batch=3)),
         pytest.param("60m", dict(seq_len=256, batch_size=2, optimizer="adamw"), marks=pytest.mark.slow),
     ],
 )
@@ -117,6 +119,23 @@ def test_the_plan_of_many_gpus(capsys):
     assert days == pytest.approx(1e11 / speed / 86400, rel=0.02)
     assert used == pytest.approx(speed * flops / (8 * 400e12), rel=0.02)
     assert train.main(["--plan", *flags, "--gpus", "5"]) == 2
+
+
+def test_the_table_of_the_readme_is_what_the_plan_printed():
+    """As book/runs/plans.py keeps it: memory of a GPU, tokens a second and days on eight, for the README's commands."""
+    plans = json.loads((ROOT / "book/runs/plans.json").read_text())["plans"]
+    rows = re.findall(r"^\| (\S+) \| .* \| (\d) \| (\d+) GB \| ([\d,]+) \| ([\d.]+) \|$", README, re.M)
+    assert [row[0] for row in rows] == ["340m", "760m", "1.3b"]
+    for size, rows_at_once, memory, speed, days in rows:
+        plan_of = plans[f"{size}, as in the README"]
+        printed = "\n".join(plan_of["printed"])
+        assert f" --size {size} " in plan_of["command"] and f" --micro-batch {rows_at_once} " in plan_of["command"]
+        peak = float(re.search(r"^fsdp.* ([\d.]+)$", printed, re.M)[1])
+        assert f"{peak:.0f}" == memory and peak < 80
+        assert f" {speed} tokens/s" in printed and f" {days} days" in printed
+        # The README's own command trains with what was planned.
+        assert size == "340m" or f"--size {size} --steps" in README and f"--micro-batch {rows_at_once} $R" in README
+    assert "--seq-len 4096 --batch-size 128 --truncate --remat 1" in README
 
 
 def hope_on_meta(size: str, arch: str) -> hope.Hope:

@@ -96,15 +96,17 @@ def stored() -> dict:
 
 
 def keep(name: str, found: dict) -> None:
+    rows = stored()["rows"] | {name: found}
     made = {
         "command": "python book/runs/clocks.py",
+        "seeds": sorted({int(row.split(", ")[1]) for row in rows}),
         "steps": STEPS,
         "streams a step": ROWS,
         "bytes a stream": LENGTH,
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__},
         "training bytes": len(texts()[0]),
     }
-    text = json.dumps({"rows": stored()["rows"] | {name: found}, "made": made})
+    text = json.dumps({"rows": rows, "made": made})
     part = RESULT.with_suffix(".part")
     part.write_text(text.replace('}, "', '},\n"').replace('"rows": {', '"rows": {\n') + "\n")
     part.replace(RESULT)
