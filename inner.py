@@ -38,7 +38,7 @@ class Unit(torch.autograd.Function):
 
 def unit(x: Tensor) -> Tensor:
     """x: (..., e) at length 1, or times 1 / `kernels.EPS` where it is shorter than that: what is 0 has a gradient."""
-    return Unit.apply(x)
+    return Unit.apply(x) if torch.is_grad_enabled() else F.normalize(x, dim=-1, eps=EPS)
 
 
 def layer_norm(y: Tensor) -> tuple[Tensor, Tensor]:
