@@ -47,10 +47,10 @@ def on_meta(monkeypatch):
 
     (Fake tensors on "cuda" have no backward pass where torch is built without CUDA.) There is no autocast for it.
     """
-    autocast = torch.autocast
-    monkeypatch.setattr(
-        torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else autocast(kind, *a, **k)
-    )
+    autocast, enabled = torch.autocast, torch.is_autocast_enabled
+    none = lambda kind, *how, **more: nullcontext() if kind == "meta" else autocast(kind, *how, **more)
+    monkeypatch.setattr(torch, "autocast", none)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: kind != ("meta",) and enabled(*kind))
     # Nor is the state of the random numbers asked for, which no operation shows.
     refuse = lambda *args: pytest.fail("the state of the random numbers is read")
     monkeypatch.setattr(torch, "get_rng_state", refuse)
