@@ -109,7 +109,7 @@ def test_a_segment_with_triton_can_be_captured(on_meta, monkeypatch):
     for name in ("forward", "backward", "backward_tokens", "backward_gates"):
         monkeypatch.setattr(kernels, f"_chunk_{name}", Launches())
     for module in (kernels, hope):
-        monkeypatch.setattr(module, "uses_triton", lambda z: True)
+        monkeypatch.setattr(module, "chunks_by_triton", lambda z: True)
     observe_segments(small_config(cms=(8, 16, INF), n_layer=1), 8)
     assert Launches.count >= 3 * 2 * 2 * 4  # segments, chunks, layers of a memory, kernels
 

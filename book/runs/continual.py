@@ -158,6 +158,7 @@ class Arm(NamedTuple):
 
 RATES, SHARPNESS = (2.0, 5.0, 15.0), (5.0, 15.0, 50.0)  # that are tried
 HIGHER = 45.0  # and this where models are pre-trained, which are best at the highest of RATES
+PATIENT = [(0.0001, 16), (0.0001, 64), (0.0003, 4), (0.0003, 16), (0.0003, 64), (0.001, 16)]  # of fine-tuning
 ATTENTION_RATES = (0.003, 0.01, 0.03)  # of training attention
 
 
@@ -531,7 +532,7 @@ def run(world: str, seeds: list[int], found: Found) -> None:
                 result = lambda: {"setting": lr} | summary(trained_context(seed, lr, latest))
                 found.get(f"{name}, seed {seed}", result)
     if world == "classes":
-        grid = [(lr, passes) for lr in (0.001, 0.003, 0.01) for passes in (1, 4)]
+        grid = [(lr, passes) for lr in (0.001, 0.003, 0.01) for passes in (1, 4)] + PATIENT
         plain = found.get(
             "tuning, fine-tuning",
             lambda: {f"{lr} {n}": round(score(tuned(TUNING, lr, n, 0.0, 4)), 4) for lr, n in grid},
