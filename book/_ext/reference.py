@@ -23,24 +23,28 @@ Documented = ast.FunctionDef | ast.ClassDef
 
 WIDTH = 88  # letters in a line of a page
 GAP = re.compile(r"(?<=\S) {2,}(?=\S)")  # between two columns
+ITEM = re.compile(r"(- |)(\w+(?:, \w+)*: )?")  # how a line of a list begins, or of a list of arguments
 
 
 def flowing(text: str) -> str:
     """A docstring whose paragraphs are one line each, for the page to break; in a table the last column is broken here."""
     lines: list[str] = []
-    goes_on: int | None = None  # where the next line begins if it goes on with this one, which was full
+    goes_on: int | None = None  # where the next line begins if it goes on with this one, which was full or has columns
     for line in text.strip().split("\n"):
         bare = line.strip()
-        indent = len(line) - len(bare)
-        if bare and indent == goes_on and not bare.startswith("- ") and not GAP.search(line):
+        indent, gaps = len(line) - len(bare), list(GAP.finditer(line))
+        bullet, argument = ITEM.match(bare).groups()
+        if bare and indent == goes_on and not bullet and not argument and not gaps:
             lines[-1] += f" {bare}"
-        elif len(line) > WIDTH and (gaps := list(GAP.finditer(line))):
+            continue
+        lines.append(line)
+        goes_on = indent + 2 * bool(bullet) + 4 * bool(argument) if len(line) > 100 else None
+        goes_on = gaps[-1].end() if gaps else goes_on
+    for i, line in enumerate(lines):
+        if len(line) > WIDTH and (gaps := list(GAP.finditer(line))) and gaps[-1].end() < WIDTH - 20:
             at = gaps[-1].end()
-            lines += textwrap.wrap(line[at:], WIDTH, initial_indent=line[:at], subsequent_indent=at * " ")
-        else:
-            lines.append(line)
-        full = len(line) > 100 and not GAP.search(line)
-        goes_on = indent + 2 * bare.startswith("- ") if full else None
+            wrapped = textwrap.wrap(line[at:], WIDTH, initial_indent=line[:at], subsequent_indent=at * " ")
+            lines[i] = "\n".join(wrapped)
     return "\n".join(lines)
 
 
