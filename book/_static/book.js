@@ -133,8 +133,16 @@ document.addEventListener("DOMContentLoaded", () => {
 
 // What is wider than its box says so while there is more to the right; see book.css. A sentence is not: it has no columns.
 document.addEventListener("DOMContentLoaded", () => {
-  for (const text of document.querySelectorAll("article div.cell_output pre, article div.highlight-text pre")) {
-    text.classList.toggle("sentences", !/\S {2,}\S/.test(text.textContent));
+  const tell = (text) => text.classList.toggle("sentences", !/\S {2,}\S/.test(text.textContent));
+  document.querySelectorAll("article div.cell_output pre, article div.highlight-text pre").forEach(tell);
+  for (const docstring of document.querySelectorAll("article div.highlight-text pre:not(.sentences)")) {
+    const paragraphs = docstring.textContent.split(/(\n{2,})/).map((paragraph) => {
+      const span = document.createElement("span");
+      span.textContent = paragraph;
+      tell(span);
+      return span;
+    });
+    docstring.replaceChildren(...paragraphs);
   }
   const boxes = "article pre, article .math, article div.cell_output, article div.pst-scrollable-table-container";
   const all = [...document.querySelectorAll(boxes)];
