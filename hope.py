@@ -172,8 +172,7 @@ class FastMLP:
             copies = [torch.empty_like(d, dtype=dtype) for d in self.delta]
             with torch.no_grad():
                 self.at_rest = [torch.add(w, d, out=copy) for w, d, copy in zip(matrices, self.delta, copies)]
-        parts = zip(self.at_rest, matrices, self.delta)
-        return [GradientAlso.apply(GradientAlso.apply(copy, w), d) for copy, w, d in parts]
+        return [GradientAlso.apply(copy, d) for copy, d in zip(self.at_rest, self.delta)]
 
     def same(self, new: FastMLP) -> FastMLP:
         """`new`, whose delta has the values of this one's."""
@@ -749,12 +748,12 @@ class GradientAlso(torch.autograd.Function):
 
 
 class FastLinear(nn.Linear):
-    """A linear layer whose weight may be another for every sequence, (b, o, i). x: (b, t, i)."""
+    """A linear layer that may have a weight for every sequence, its own plus something, (b, o, i). x: (b, t, i)."""
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         if weight is None:
             return super().forward(x)
-        y = x @ weight.mT
+        y = x @ GradientAlso.apply(weight, self.weight).mT
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -317,7 +317,12 @@ def test_an_interrupt_during_the_imports_ends_without_a_traceback():
     assert process.returncode == 130 and not err
 
 
-def test_help_is_one_screen_and_help_all_explains_every_flag(capsys):
+def test_help_is_one_screen_and_help_all_explains_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert train.main(["--help"]) == 0
+    narrow = capsys.readouterr().out.splitlines()
+    assert sum(len(line) > 80 for line in narrow) <= 2 and len(narrow) <= 75
+    monkeypatch.setenv("COLUMNS", "120")
     assert train.main(["--help"]) == 0
     short = capsys.readouterr().out
     assert len(short.splitlines()) <= 45 and all(
