@@ -51,13 +51,15 @@ def trained(line: str, out: Path, more: tuple[str, ...] = ()) -> dict:
 
 
 def stored() -> dict:
-    return json.loads(RESULT.read_text())["rows"] if RESULT.exists() else {}
+    return json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}, "made": {}}
 
 
 def keep(name: str, found: dict) -> None:
     versions = {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__}
     made = {"command": "python book/runs/truncate.py", "seeds": SEEDS, "threads": 1, "versions": versions}
-    RESULT.write_text(json.dumps({"rows": stored() | {name: found}, "made": made}, indent=1) + "\n")
+    before = stored()
+    now = {"rows": before["rows"] | {name: found}, "made": before["made"] | made}
+    RESULT.write_text(json.dumps(now, indent=1) + "\n")
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=10**6, help="how many trainings before stopping")
     parser.add_argument("--quick", action="store_true", help="try the script; keeps nothing")
     given = parser.parse_args()
-    todo = [run for run in RUNS if given.quick or name_of(*run) not in stored()]
+    todo = [run for run in RUNS if given.quick or name_of(*run) not in stored()["rows"]]
     for run in todo[: given.most]:
         name = name_of(*run).replace(", ", "-") + "-quick" * given.quick
         line, out, begun = command(*run), ROOT / "runs" / f"truncate-{name}", time.monotonic()
