@@ -27,7 +27,7 @@ from torch import Tensor
 
 import hope
 import train
-from data import pydoc_text
+from data import pydoc_text, write_atomically
 from hope import INF
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -106,10 +106,8 @@ def keep(name: str, found: dict) -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__},
         "training bytes": len(texts()[0]),
     }
-    text = json.dumps({"rows": rows, "made": made})
-    part = RESULT.with_suffix(".part")
-    part.write_text(text.replace('}, "', '},\n"').replace('"rows": {', '"rows": {\n') + "\n")
-    part.replace(RESULT)
+    text = json.dumps({"rows": rows, "made": made}).replace('}, "', '},\n"').replace('"rows": {', '"rows": {\n')
+    write_atomically(RESULT, text + "\n")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 import hope
 import train
-from data import pydoc_text
+from data import pydoc_text, write_atomically
 from hope import INF
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -151,9 +151,7 @@ def keep(key: tuple, found: dict, seeds: tuple[int, ...]) -> None:
     }
     rows = stored()["rows"] | {name_of(*key): found}
     text = json.dumps({"rows": rows, "made": made}).replace('}, "', '},\n"').replace('"rows": {', '"rows": {\n')
-    part = RESULT.with_suffix(".part")
-    part.write_text(text + "\n")
-    part.replace(RESULT)
+    write_atomically(RESULT, text + "\n")
 
 
 def main() -> None:
