@@ -473,6 +473,8 @@ _End = namedtuple("_End", "all gain_m keep_m after gain keep")
 # BC) and of the start's m (BC,); the weight of a write as it enters m. Without momentum a write d reaches M at once, as
 # p does, and what belongs to the momentum are placeholders.
 _BlockGates = namedtuple("_BlockGates", "alpha theta reads end in_m start_in_m weight")
+# The gradients of what is not a gate in `_BlockGates`: of reads, then of the end.
+_GateGradients = namedtuple("_GateGradients", "between gain before gain_m after gain_end keep all gain_m_end keep_m")
 # A block of tokens for rows o of one memory on the way back: streams (None without the delta term or queries), the
 # states at its start, the gradients of those at its end (m is None without momentum).
 _Saved = namedtuple("_Saved", "x d p dz q dr read step M m end end_m work left o")
@@ -505,23 +507,23 @@ def _store_matrix(p, value, o, i, O, I):
 
 
 @jit
-def _tokens(x, i, left):
-    """Load numbers i of a block of tokens of the stream x in float32, (i, BC); 0 outside and from token `left` on."""
-    t = tl.arange(0, BC)
+def _tokens(x, i, left, C: tl.constexpr = BC):
+    """Load numbers i of a block of tokens of the stream x in float32, (i, C); 0 outside and from token `left` on."""
+    t = tl.arange(0, C)
     mask = (i < x.size)[:, None] & (t < left)[None, :]
     return tl.load(x.p + t[None, :] * x.row + i[:, None], mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
-def _store_tokens(x, value, i, left):
-    t = tl.arange(0, BC)
+def _store_tokens(x, value, i, left, C: tl.constexpr = BC):
+    t = tl.arange(0, C)
     mask = (i < x.size)[:, None] & (t < left)[None, :]
     tl.store(x.p + t[None, :] * x.row + i[:, None], value, mask=mask)
 
 
 @jit
-def _steps(eta, left):
-    t = tl.arange(0, BC)
+def _steps(eta, left, C: tl.constexpr = BC):
+    t = tl.arange(0, C)
     return tl.load(eta + t, mask=t < left, other=0.0).to(tl.float32)
 
 
@@ -539,15 +541,15 @@ def _square(work, k):
 
 
 @jit
-def _diagonal():
-    t = tl.arange(0, BC)
+def _diagonal(C: tl.constexpr = BC):
+    t = tl.arange(0, C)
     return t[:, None] == t[None, :]
 
 
 @jit
-def _decays(gate, left):
-    s, t = tl.arange(0, BC)[:, None], tl.arange(0, BC)[None, :]
-    line = tl.arange(0, BC)
+def _decays(gate, left, C: tl.constexpr = BC):
+    s, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    line = tl.arange(0, C)
     now = tl.load(gate + line, mask=line < left, other=1.0).to(tl.float32)
     last = tl.load(gate + line - 1, mask=(line > 0) & (line <= left), other=1.0).to(tl.float32)
     coming = tl.load(gate + line + 1, mask=line + 1 < left, other=1.0).to(tl.float32)
@@ -559,17 +561,17 @@ def _decays(gate, left):
 
 
 @jit
-def _gates(alpha, theta, left, EMA: tl.constexpr, PRECISION: tl.constexpr):
+def _gates(alpha, theta, left, EMA: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr = BC):
     """The `_BlockGates` of a block."""
-    a = _decays(alpha, left)
+    a = _decays(alpha, left, C)
     th, in_m, start_in_m, weight = a, a.between, a.now, a.now
     reads = _Reads(a.before, a.before, a.between, a.between)
     end = _End(a.all, a.all, a.all, a.after, a.after, a.after)
     if theta is not None:
-        th = _decays(theta, left)
-        weight = 1.0 - th.now if EMA else tl.full((BC,), 1.0, tl.float32)
+        th = _decays(theta, left, C)
+        weight = 1.0 - th.now if EMA else tl.full((C,), 1.0, tl.float32)
         start_in_m = th.now * th.before
-        in_m = tl.where(_diagonal(), 1.0, th.now[None, :] * th.between) * weight[:, None]
+        in_m = tl.where(_diagonal(C), 1.0, th.now[None, :] * th.between) * weight[:, None]
         start_seen = tl.sum(start_in_m[:, None] * a.between, 0)
         reads = _Reads(a.before, start_seen, a.between, _dot(in_m, a.between, PRECISION))
         gain = tl.sum(in_m * a.after[None, :], 1)
@@ -1056,6 +1058,28 @@ def _backward_inputs(b, to_x, g, PRECISION: tl.constexpr):
 
 
 @jit
+def _gates_backward(g, theta, d, d_in_m, d_start_in_m, EMA: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of alpha and theta (BC,), the second None without momentum, from the `_GateGradients` of a block and
+    those that reach in_m and start_in_m in another way."""
+    a, th, between, d_between, d_after, d_theta = g.alpha, g.theta, g.alpha.between, d.between, d.after, None
+    if theta is None:
+        d_between += d.gain
+        d_after += d.gain_end
+    else:
+        d_in_m += d.gain_end[:, None] * a.after[None, :] + _dot(d.gain, tl.trans(between), PRECISION)
+        d_start_in_m += d.gain_m_end * a.after + tl.sum(between * d.gain_m[None, :], 1)
+        d_between += _dot(tl.trans(g.in_m), d.gain, PRECISION) + g.start_in_m[:, None] * d.gain_m[None, :]
+        d_after += tl.sum(g.in_m * d.gain_end[:, None], 0) + d.gain_m_end * g.start_in_m
+        d_theta = tl.sum(d_in_m * g.weight[:, None] * th.between, 0) + d_start_in_m * th.before
+        if EMA:
+            unweighted = tl.where(_diagonal(th.now.shape[0]), 1.0, th.now[None, :] * th.between)
+            d_theta -= tl.sum(d_in_m * unweighted, 1) + d.keep * th.after
+        d_th_between = th.now[None, :] * d_in_m * g.weight[:, None]
+        d_theta += _decays_backward(th, th.now * d_start_in_m, d.keep * g.weight, d.keep_m, d_th_between, PRECISION)
+    return _decays_backward(a, d.before, d_after, d.all, d_between, PRECISION), d_theta
+
+
+@jit
 def _chunk_backward_gates(
     alpha, theta, at, work, d_alpha, d_theta, c,
     EMA: tl.constexpr, DELTA: tl.constexpr, INCLUSIVE: tl.constexpr, PRECISION: tl.constexpr,
@@ -1074,35 +1098,25 @@ def _chunk_backward_gates(
     d_gain_m, d_gain_m_q = tl.load(_line(work, 6)), tl.load(_line(work, 7))
     d_after = tl.load(_line(work, 1)) if DELTA else tl.zeros((BC,), tl.float32)
     scalars = tl.load(_line(work, 8))
+    d_all = tl.sum(tl.where(t == 0, scalars, 0.0))
+    d_gain_m_end, d_keep_m = tl.sum(tl.where(t == 1, scalars, 0.0)), tl.sum(tl.where(t == 2, scalars, 0.0))
+    d_keep = d_after if theta is None else tl.load(_line(work, 2))
     g = _gates(alpha, theta, left, EMA, PRECISION)
-    a, th, between = g.alpha, g.theta, g.alpha.between
-    d_start = tl.zeros((BC,), tl.float32)
+    a, d_start, d_in_m = g.alpha, tl.zeros((BC,), tl.float32), tl.zeros((BC, BC), tl.float32)
     if INCLUSIVE:
         d_now += d_before_q * a.before + d_gain_m_q * g.reads.gain_m
         d_start += d_gain_m_q
         d_before_q, d_gain_m_q = a.now * d_before_q, a.now * d_gain_m_q
+        if theta is not None:
+            d_in_m += tl.load(_square(work, 4))
     d_before, d_gain_m = d_before + d_before_q, d_gain_m + d_gain_m_q
-    if theta is None:
-        d_between += d_gain
-        d_after += d_gain_end
-    else:
-        d_gain_m_end, d_keep_m = tl.sum(tl.where(t == 1, scalars, 0.0)), tl.sum(tl.where(t == 2, scalars, 0.0))
-        d_keep = tl.load(_line(work, 2))
-        d_in_m = tl.load(_square(work, 4)) if INCLUSIVE else tl.zeros((BC, BC), tl.float32)
-        d_in_m += d_gain_end[:, None] * a.after[None, :]
-        d_start += d_gain_m_end * a.after + tl.sum(between * d_gain_m[None, :], 1)
-        d_between += _dot(tl.trans(g.in_m), d_gain, PRECISION) + g.start_in_m[:, None] * d_gain_m[None, :]
-        d_after += tl.sum(g.in_m * d_gain_end[:, None], 0) + d_gain_m_end * g.start_in_m
-        d_in_m += _dot(d_gain, tl.trans(between), PRECISION)
-        d_theta_now = tl.sum(d_in_m * g.weight[:, None] * th.between, 0) + d_start * th.before
-        if EMA:
-            unweighted = tl.where(_diagonal(), 1.0, th.now[None, :] * th.between)
-            d_theta_now -= tl.sum(d_in_m * unweighted, 1) + d_keep * th.after
-        d_th_between = th.now[None, :] * d_in_m * g.weight[:, None]
-        d_theta_now += _decays_backward(th, th.now * d_start, d_keep * g.weight, d_keep_m, d_th_between, PRECISION)
+    d = _GateGradients(
+        d_between, d_gain, d_before, d_gain_m, d_after, d_gain_end, d_keep, d_all, d_gain_m_end, d_keep_m
+    )
+    d_a, d_theta_now = _gates_backward(g, theta, d, d_in_m, d_start, EMA, PRECISION)
+    if theta is not None:
         tl.store(d_theta + n * c + s + t, d_theta_now, mask=t < left)
-    d_now += _decays_backward(a, d_before, d_after, tl.sum(tl.where(t == 0, scalars, 0.0)), d_between, PRECISION)
-    tl.store(d_alpha + n * c + s + t, d_now, mask=t < left)
+    tl.store(d_alpha + n * c + s + t, d_now + d_a, mask=t < left)
 
 
 def _tiles(o: int, i: int, BO: int) -> dict:
@@ -1254,6 +1268,13 @@ def _gate(read, bias, head, x, e, left):
 
 
 @jit
+def _softplus(z):
+    small = tl.exp(-tl.abs(z))  # where it is small 1 + small would lose it, not the series of log
+    series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0 - small * 0.25)))
+    return tl.maximum(z, 0.0) + tl.where(small < 0.03, series, tl.log(1.0 + small))
+
+
+@jit
 def _step(eta, x2, chunk, STEP: tl.constexpr):
     """The inner step for inputs of squared length x2: the minimiser of eq. 56, that over the chunk's length, or eta."""
     return eta if STEP == "one" else eta / (1.0 + eta * x2) / (chunk if STEP == "mean" else 1)
@@ -1324,9 +1345,7 @@ def _memory_scan(
             rate = _steps(eta + tl.load(at + 4) + s, left)
         else:
             rate = _gate(eta_read, eta_bias, head, _Stream(eta_at, E, E), e, left)
-            small = tl.exp(-tl.abs(rate))  # softplus; where it is small 1 + small would lose it, not the series of log
-            series = small * (1.0 - small * (0.5 - small * (1.0 / 3.0 - small * 0.25)))
-            rate = tl.maximum(rate, 0.0) + tl.where(small < 0.03, series, tl.log(1.0 + small))
+            rate = _softplus(rate)
         if alpha is not None:
             retained = alpha + tl.load(at + 5) + s
         else:
