@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint
 
 from inner import apply_memory, inner_gradients, layer_norm, unit
 from kernels import chunk_gates, chunks_by_triton, dgd_chunk, in_float32, memory_scan, scans
+from scan import layer_fits, memory_layer
 from settings import INF, HopeConfig, MemoryConfig, require
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
@@ -442,6 +443,7 @@ class Memory(SequenceLayer):
         c, d, h = self.config, self.config.d_model, self.config.n_head
         require(c.depth > 0, "depth is 0: softmax attention; use hope.make_layer or Memory.preset('attention')")
         self.compiled = False  # whether complete chunks run through torch.compile, see `compile_parts`
+        self.one_launch = True  # whether they may run through `scan.memory_layer`, which has no second derivative
         self.adaptive = [name for name in ("k", "v", "q", "eta", "alpha") if name in c.adaptive]
 
         self.to_k, self.to_v, self.to_q = (
@@ -560,6 +562,8 @@ class Memory(SequenceLayer):
         c, some = self.config, next(iter(streams.values()))
         if not c.decay_first and c.beta == 1 and scans(some, c.d_head):
             return self._launch(streams, groups, t)
+        if self.one_launch and layer_fits(c, some):
+            return self._whole_chunks(streams, groups, t)
         lengths = piece_lengths(0, some.shape[2], [c.remat * c.chunk] if c.remat else [])
         spans, ys = cut_streams(streams, lengths), []
         for i, (n, span) in enumerate(zip(lengths, spans)):
@@ -586,6 +590,36 @@ class Memory(SequenceLayer):
             ys.append(y)
             t += n
         return torch.cat(ys, 2), groups
+
+    def _whole_chunks(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
+        """`_span` with gradients: whole chunks in one launch of `scan.memory_layer`, what is before and behind as ever."""
+        length, chunk = next(iter(streams.values())).shape[2], self.config.chunk
+        begun = min(-t % chunk, length)
+        whole = (length - begun) // chunk * chunk
+        lengths, ys = [begun, whole, length - begun - whole], []
+        for n, piece, run in zip(lengths, cut_streams(streams, lengths), (self._span, self._layer, self._span)):
+            if n:
+                y, groups = run(piece, groups, t)
+                ys.append(y)
+                t += n
+        return torch.cat(ys, 2), groups
+
+    def _layer(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
+        """`_span` for whole chunks from a chunk's beginning on, which no one has read from yet."""
+        c, (now, momentum) = self.config, (groups["main"].now, groups["main"].momentum)
+        inputs = dict(streams, W2=now[0], W1=now[1], m2=momentum[0], m1=momentum[1])
+        if c.origin == "start":
+            inputs["start"] = self._joined("main", 0)
+        if c.self_values:
+            inputs["scale"] = self._joined("main", "scale")
+        for name in self.gates.keys() & set(self.adaptive):
+            gate = self.gates[name]
+            inputs |= {f"{name}_read": in_float32(gate.read), f"{name}_bias": in_float32(gate.bias)}
+        y, now, momentum = memory_layer(
+            inputs, chunk=c.chunk, adaptive=len(self.adaptive), objective=c.objective, self_values=c.self_values,
+            qk_norm=c.qk_norm, hidden_rate=c.hidden_rate, keep=not c.remat,
+        )  # fmt: skip
+        return y, {"main": Weights(now, momentum, now)}  # the chunk has ended: the next one reads what is now
 
     def _launch(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
         """`_span` without gradients, in one launch of `kernels.memory_scan`, which writes to copies of the groups."""
@@ -894,8 +928,10 @@ class Block(nn.Module):
         self.norm = make_norm(config)
         self.memory = make_layer(config.layer(i))
         self.cms = CMS(config)
-        # Of torch's attentions only the one spelt out in PyTorch has a second derivative.
-        self.attend = partial(sdpa_kernel, SDPBackend.MATH) if config.inner_grad == "full" else nullcontext
+        # Of torch's attentions only the one spelt out in PyTorch has a second derivative, of memories the plain form.
+        second = config.inner_grad == "full"
+        self.attend = partial(sdpa_kernel, SDPBackend.MATH) if second else nullcontext
+        self.memory.one_launch = not second
 
     def forward(self, x: Tensor, memory: Any, cms: list[FastMLP | None]) -> tuple[Tensor, Any]:
         with self.attend():
