@@ -25,50 +25,64 @@ from torch import Tensor
 
 from backend import constexpr, jit, on_device, precision, tl, uses_triton
 from kernels import (
-    EPS, _begins, _dot, _End, _GateGradients, _gates, _gates_backward, _matrix, _normalized, _softplus, _steps,
+    EPS, _begins, _dot, _GateGradients, _gates, _gates_backward, _matrix, _normalized, _softplus, _steps,
     _store_matrix, _store_tokens, _Stream, _tokens,
 )  # fmt: skip
 
-SQUARES = constexpr(6)  # (C, C) each in a program's work: between, gain, S, inverse of `_Chunk`; gradients of the first
+# What a program keeps in `work`: LINES (C,), SQUARES (C, C), then tiles of tokens, see `_Chunk`. Lines and squares are of
+# gates, as reads have them (before, gain_m; between, gain) and the chunk's end (after, gain, keep; all, gain_m and keep_m in
+# one line); of steps; of scores, S = (step x)^T x, and (1 + between S)^-1; and of gradients, named with d_.
+LINES, SQUARES, TILES = constexpr(17), constexpr(10), constexpr(13)
+BEFORE, GAIN_M, AFTER, GAIN_END, KEEP, ENDS = (constexpr(k) for k in range(6))
+ETA, STEP_2, STEP_1, RETENTION = (constexpr(k) for k in range(6, 10))
+D_BEFORE, D_GAIN_M, D_AFTER, D_GAIN_END, D_KEEP, D_ENDS, D_ETA = (constexpr(k) for k in range(10, 17))
+BETWEEN, GAIN, D_BETWEEN, D_GAIN, S_2, INVERSE_2, S_1, INVERSE_1, D_S, D_S_READ = (constexpr(k) for k in range(10))
+# Tiles: z = W2 k; of both layers input (the hidden layer's are the keys), gradient d, p = M_{t-1} x_t; what is read of W2;
+# the gradient of what the solve makes p of; gradients of the layers' d and x, and of what is read of W2.
+Z, HIDDEN, D2, P2, D1, P1, READ, DZ, D_D1, D_HIDDEN, D_READ, D_D2, D_KEYS = (constexpr(k) for k in range(13))
 
 # What all memories share, from the program's first token on; None for what is read from memories.
 _Streams = namedtuple("_Streams", "u k v q eta alpha theta u_next u_row k_row v_row q_row")
 # Read-outs of eta and alpha, (E,) and a number each, of the program's head.
-_Gates = namedtuple("_Gates", "eta_read eta_bias alpha_read alpha_bias")
+_ReadOuts = namedtuple("_ReadOuts", "eta_read eta_bias alpha_read alpha_bias")
 # Where what is read of memories, or the gradient of it, lies in work: tiles (E, C) in this order, only of those read.
 _Reads = namedtuple("_Reads", "k v q eta alpha")
-# A chunk: streams; step sizes eta; the hidden layers' inner steps; what reads have of the chunk's start (C,); its `_End`.
-_Chunk = namedtuple("_Chunk", "k v q eta step2 before gain_m end work")
+# A chunk: streams of keys, values, queries; where alpha is; where work and its tiles of `slot` numbers begin.
+_Chunk = namedtuple("_Chunk", "k v q alpha work tiles slot")
 # The matrices of one memory: W2 (H, E), W1 (E, H), their momenta; W2's start state; the factor of its values.
 _Memory = namedtuple("_Memory", "W2 W1 m2 m1 S2 scale")
-# Of a layer in a chunk: its inputs x, the gradients d, p = M_{t-1} x_t, inner steps, scores S, (1 + between S)^-1.
-_Layer = namedtuple("_Layer", "x d p step S inverse")
+# One layer of it: matrix and momentum (O, I) and what the matrix starts from; streams x, d, p; the places in work of its
+# steps, S and inverse. On the way back also the gradients of matrix, momentum and start, streams dd and dx.
+_Layer = namedtuple("_Layer", "M m start x d p step S inverse O I")
+_Back = namedtuple("_Back", "M m start d x q")
+
+
+@jit
+def _line(work, k, C: tl.constexpr):
+    return work + k * C + tl.arange(0, C)
 
 
 @jit
 def _square(work, k, C: tl.constexpr):
-    """Where the k-th square of a program's work is."""
     t = tl.arange(0, C)
-    return work + k * C * C + t[:, None] * C + t[None, :]
+    return work + (LINES + k * C) * C + t[:, None] * C + t[None, :]
 
 
 @jit
-def _inverse(A, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(1 + A)^-1 for A (C, C) strictly upper triangular, C up to 64: of the 16 x 16 blocks on the diagonal by
-    substitution, a token of each after the other; with T, what these give, N = T (A without them) has N^4 = 0."""
-    EXACT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32x3"
-    s, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    near = s // 16 == t // 16
-    T, A_T = tl.where(s == t, 1.0, 0.0), tl.trans(tl.where(near, A, 0.0))
-    for token in tl.range(1, 16, disable_licm=True):
-        row = tl.sum(tl.where(s % 16 == token, A_T, 0.0), 0)
-        T = tl.where(near & (t % 16 == token), T - tl.sum(T * row[None, :], 1)[:, None], T)
-    if C > 16:
-        N = _dot(T, tl.where(near, 0.0, A), EXACT)
-        T -= _dot(N, T, EXACT)
-        if C > 32:
-            T += _dot(_dot(N, N, EXACT), T, EXACT)
-    return T
+def _add(p, value, C: tl.constexpr):
+    """Add to a line or square, of which each thread has the numbers it has of `value`."""
+    tl.store(p, tl.load(p) + value)
+
+
+@jit
+def _tile(c, k, size):
+    """The k-th of work's tiles, of `size` numbers a token."""
+    return _Stream(c.tiles + k * c.slot, size, size)
+
+
+@jit
+def _silu(z):
+    return z * tl.sigmoid(z)
 
 
 @jit
@@ -86,27 +100,67 @@ def _bend(z):
 
 
 @jit
-def _answer(w2, w1, x, PRECISION: tl.constexpr):
-    """x + W1 silu(W2 x), and W2 x."""
-    z = _dot(w2, x, PRECISION)
-    return x + _dot(w1, z * tl.sigmoid(z), PRECISION), z
-
-
-@jit
-def _answer_backward(w2, w1, x, z, dy, PRECISION: tl.constexpr):
-    """Gradients of W2, W1 and x."""
-    dz = _dot(tl.trans(w1), dy, PRECISION) * _slope(z)
-    dw1 = _dot(dy, tl.trans(z * tl.sigmoid(z)), PRECISION)
-    return _dot(dz, tl.trans(x), PRECISION), dw1, dy + _dot(tl.trans(w2), dz, PRECISION)
-
-
-@jit
 def _normalized_backward(x, dy, eps: tl.constexpr = EPS):
     """The gradient of x from that of _normalized(x)."""
     n = tl.sqrt(tl.sum(x * x, 0))
     y = x / tl.maximum(n, eps)[None, :]
     along = tl.where(n > eps, tl.sum(dy * y, 0), 0.0)
     return (dy - y * along[None, :]) / tl.maximum(n, eps)[None, :]
+
+
+@jit
+def _step(eta, x):
+    """The minimiser of eq. 56 for every input x."""
+    return eta / (1.0 + eta * tl.sum(x * x, 0))
+
+
+@jit
+def _step_backward(eta, x, d_step):
+    """Gradients of eta and x, of which `_step` makes the inner step."""
+    part = 1.0 / (1.0 + eta * tl.sum(x * x, 0))
+    return d_step * part * part, x * (-2.0 * d_step * (eta * part) * (eta * part))[None, :]
+
+
+@jit
+def _answer(c, m, x, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """x + W1 silu(W2 x) for a tile x; leaves z = W2 x in tile Z."""
+    e, h = tl.arange(0, BE), tl.arange(0, BH)
+    z = _dot(_matrix(m.W2, h, e, H, E), x, PRECISION)
+    _store_tokens(_tile(c, Z, H), z, h, CHUNK, C)
+    tl.debug_barrier()
+    return x + _dot(_matrix(m.W1, e, h, E, H), _silu(z), PRECISION)
+
+
+@jit
+def _answer_backward(c, m, d, x, dy, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
+                     PRECISION: tl.constexpr):  # fmt: skip
+    """Of `_answer` at the stream x, from the gradient dy: returns that of x, adds those of W2 and W1 to the `_Memory` d."""
+    e, h = tl.arange(0, BE), tl.arange(0, BH)
+    z = _tokens(_tile(c, Z, H), h, CHUNK, C)
+    _add_matrix(d.W1, _dot(dy, tl.trans(_silu(z)), PRECISION), e, h, E, H)
+    tl.debug_barrier()
+    dz = _dot(tl.trans(_matrix(m.W1, e, h, E, H)), dy, PRECISION) * _slope(z)
+    tl.debug_barrier()
+    _add_matrix(d.W2, _dot(dz, tl.trans(_tokens(x, e, CHUNK, C)), PRECISION), h, e, H, E)
+    tl.debug_barrier()
+    return dy + _dot(tl.trans(_matrix(m.W2, h, e, H, E)), dz, PRECISION)
+
+
+@jit
+def _add_matrix(to, value, o, i, O, I):
+    value += _matrix(to, o, i, O, I)
+    tl.debug_barrier()
+    _store_matrix(to, value, o, i, O, I)
+    tl.debug_barrier()
+
+
+@jit
+def _add_tokens(to, value, i, CHUNK: tl.constexpr, C: tl.constexpr):
+    value += _tokens(to, i, CHUNK, C)
+    tl.debug_barrier()
+    _store_tokens(to, value, i, CHUNK, C)
+    tl.debug_barrier()
 
 
 @jit
@@ -126,7 +180,7 @@ def _normal(x, j, QK_NORM: tl.constexpr):
 
 
 @jit
-def _memory(states, plane, j, scale, S2, E, H):
+def _memory(states, plane, j, scale, S2, E: tl.constexpr, H: tl.constexpr):
     """Where memory j of the program is: states (4, all memories of all programs, E H), a plane for each matrix."""
     here = states + j * E * H
     start = S2 if S2 is None else S2 + j * E * H
@@ -135,53 +189,24 @@ def _memory(states, plane, j, scale, S2, E, H):
 
 
 @jit
-def _inputs(x, s, j, E):
+def _hidden_layer(c, m, E: tl.constexpr, H: tl.constexpr):
+    return _Layer(m.W2, m.m2, m.S2, c.k, _tile(c, D2, H), _tile(c, P2, H), STEP_2, S_2, INVERSE_2, H, E)
+
+
+@jit
+def _output_layer(c, m, E: tl.constexpr, H: tl.constexpr):
+    x, d, p = _tile(c, HIDDEN, H), _tile(c, D1, E), _tile(c, P1, E)
+    return _Layer(m.W1, m.m1, None, x, d, p, STEP_1, S_1, INVERSE_1, E, H)
+
+
+@jit
+def _inputs(x, s, j, E: tl.constexpr):
     """The stream of what memory j is read at, from token s on."""
     return _Stream(x.u + s * x.u_row + j * x.u_next, x.u_row, E)
 
 
 @jit
-def _begin_chunk(
-    x, gates, states, plane, work, s, adaptive, E, H, CHUNK: tl.constexpr, QK_NORM: tl.constexpr,
-    HIDDEN_RATE: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A chunk from token s on: what adaptive memories answer, and what memories share."""
-    e, h, t = tl.arange(0, BE), tl.arange(0, BH), tl.arange(0, C)
-    retention, tiles = work + SQUARES * C * C, work + SQUARES * C * C + C
-    tl.debug_barrier()
-    for j in tl.range(0, adaptive, disable_licm=True):
-        m = _memory(states, plane, j, None, None, E, H)
-        u = _tokens(_inputs(x, s, j, E), e, CHUNK, C)
-        y, z = _answer(_matrix(m.W2, h, e, H, E), _matrix(m.W1, e, h, E, H), u, PRECISION)
-        y = tl.where(_normal(x, j, QK_NORM), _normalized(y), y)
-        _store_tokens(_Stream(tiles + j * E * C, E, E), y, e, CHUNK, C)
-    tl.debug_barrier()
-    at = _reads_at(x, tiles, E * C)
-    k = _Stream(at.k, E, E) if x.k is None else _Stream(x.k + s * x.k_row, x.k_row, E)
-    v = _Stream(at.v, E, E) if x.v is None else _Stream(x.v + s * x.v_row, x.v_row, E)
-    q = _Stream(at.q, E, E) if x.q is None else _Stream(x.q + s * x.q_row, x.q_row, E)
-    if x.eta is None:
-        eta = _softplus(_gate(gates.eta_read, gates.eta_bias, at.eta, E, CHUNK, C, BE))
-    else:
-        eta = _steps(x.eta + s, CHUNK, C)
-    alpha = retention if x.alpha is None else x.alpha + s
-    if x.alpha is None:
-        tl.store(retention + t, tl.sigmoid(_gate(gates.alpha_read, gates.alpha_bias, at.alpha, E, CHUNK, C, BE)))
-        tl.debug_barrier()
-    g = _gates(alpha, x.theta + s, CHUNK, True, PRECISION, C)
-    keys = _tokens(k, e, CHUNK, C)
-    step2 = _step(HIDDEN_RATE * eta, keys)
-    S = _dot(tl.trans(keys * step2[None, :]), keys, PRECISION)
-    tl.store(_square(work, 0, C), g.reads.between)
-    tl.store(_square(work, 1, C), g.reads.gain)
-    tl.store(_square(work, 2, C), S)
-    tl.store(_square(work, 3, C), _inverse(g.reads.between * S, C, PRECISION))
-    tl.debug_barrier()
-    return _Chunk(k, v, q, eta, step2, g.reads.before, g.reads.gain_m, g.end, work), g
-
-
-@jit
-def _gate(read, bias, at, E, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr):
+def _gate(read, bias, at, E: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr):
     """<read, x> + bias, a number a token (C,), for the tile x at `at`."""
     e = tl.arange(0, BE)
     x = _tokens(_Stream(at, E, E), e, CHUNK, C)
@@ -189,84 +214,228 @@ def _gate(read, bias, at, E, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.conste
 
 
 @jit
-def _step(eta, x):
-    """The minimiser of eq. 56 for every input x."""
-    return eta / (1.0 + eta * tl.sum(x * x, 0))
+def _begin_chunk(
+    x, gates, states, plane, work, s, adaptive, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, QK_NORM: tl.constexpr,
+    HIDDEN_RATE: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The `_Chunk` from token s on: reads the adaptive memories, and leaves in work what memories share."""
+    e, t = tl.arange(0, BE), tl.arange(0, C)
+    reads = work + (LINES + SQUARES * C) * C
+    at, tiles = _reads_at(x, reads, E * C), reads + 2 * adaptive * E * C
+    k = _Stream(at.k, E, E) if x.k is None else _Stream(x.k + s * x.k_row, x.k_row, E)
+    v = _Stream(at.v, E, E) if x.v is None else _Stream(x.v + s * x.v_row, x.v_row, E)
+    q = _Stream(at.q, E, E) if x.q is None else _Stream(x.q + s * x.q_row, x.q_row, E)
+    alpha = work + RETENTION * C if x.alpha is None else x.alpha + s
+    c = _Chunk(k, v, q, alpha, work, tiles, max(E, H) * C)
+    tl.debug_barrier()
+    if x.u is not None:
+        for j in tl.range(0, adaptive, disable_licm=True):
+            u = _tokens(_inputs(x, s, j, E), e, CHUNK, C)
+            y = _answer(c, _memory(states, plane, j, None, None, E, H), u, E, H, CHUNK, C, BE, BH, PRECISION)
+            y = tl.where(_normal(x, j, QK_NORM), _normalized(y), y)
+            _store_tokens(_Stream(reads + j * E * C, E, E), y, e, CHUNK, C)
+            tl.debug_barrier()
+    if x.eta is None:
+        eta = _softplus(_gate(gates.eta_read, gates.eta_bias, at.eta, E, CHUNK, C, BE))
+    else:
+        eta = _steps(x.eta + s, CHUNK, C)
+    tl.store(_line(work, ETA, C), eta)
+    if x.alpha is None:
+        gate = _gate(gates.alpha_read, gates.alpha_bias, at.alpha, E, CHUNK, C, BE)
+        tl.store(_line(work, RETENTION, C), tl.sigmoid(gate))
+    tl.debug_barrier()
+    g = _gates(alpha, x.theta + s, CHUNK, True, PRECISION, C)
+    tl.store(_square(work, BETWEEN, C), g.reads.between)
+    tl.store(_square(work, GAIN, C), g.reads.gain)
+    tl.store(_line(work, BEFORE, C), g.reads.before)
+    tl.store(_line(work, GAIN_M, C), g.reads.gain_m)
+    tl.store(_line(work, AFTER, C), g.end.after)
+    tl.store(_line(work, GAIN_END, C), g.end.gain)
+    tl.store(_line(work, KEEP, C), g.end.keep)
+    ends = tl.where(t == 0, g.end.all, tl.where(t == 1, g.end.gain_m, g.end.keep_m))
+    tl.store(_line(work, ENDS, C), ends)
+    tl.debug_barrier()
+    keys = _tokens(k, e, CHUNK, C)
+    tl.store(_line(work, STEP_2, C), _step(HIDDEN_RATE * tl.load(_line(work, ETA, C)), keys))
+    tl.debug_barrier()
+    _scores(c, k, STEP_2, S_2, INVERSE_2, e, CHUNK, C, PRECISION)
+    return c
 
 
 @jit
-def _step_backward(eta, x, d_step):
-    """Gradients of eta and x, of which `_step` makes the inner step."""
-    part = 1.0 / (1.0 + eta * tl.sum(x * x, 0))
-    return d_step * part * part, x * (-2.0 * d_step * (eta * part) * (eta * part))[None, :]
+def _scores(c, x, step, S, inverse, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """A layer's scores S, and (1 + A)^-1 of its system A = between S, into work: of the 16 x 16 blocks on the diagonal by
+    substitution, a token of each after the other; with T, what these give, N = T (A without them) has N^4 = 0."""
+    EXACT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32x3"
+    tile = _tokens(x, i, CHUNK, C)
+    scores = _dot(tl.trans(tile * tl.load(_line(c.work, step, C))[None, :]), tile, PRECISION)
+    tl.store(_square(c.work, S, C), scores)
+    tl.debug_barrier()
+    s, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    near, inverse = s // 16 == t // 16, _square(c.work, inverse, C)
+    A_T = tl.trans(tl.where(near, tl.load(_square(c.work, BETWEEN, C)) * tl.load(_square(c.work, S, C)), 0.0))
+    T = tl.where(s == t, 1.0, 0.0)
+    for token in tl.range(1, 16, disable_licm=True):
+        row = tl.sum(tl.where(s % 16 == token, A_T, 0.0), 0)
+        T = tl.where(near & (t % 16 == token), T - tl.sum(T * row[None, :], 1)[:, None], T)
+    tl.store(inverse, T)
+    tl.debug_barrier()
+    if C > 16:
+        A = tl.where(near, 0.0, tl.load(_square(c.work, BETWEEN, C)) * tl.load(_square(c.work, S, C)))
+        N, R = _square(c.work, D_S, C), _square(c.work, D_S_READ, C)  # nobody needs these now
+        tl.store(N, _dot(tl.load(inverse), A, EXACT))
+        tl.debug_barrier()
+        tl.store(R, tl.load(inverse) - _dot(tl.load(N), tl.load(inverse), EXACT))
+        tl.debug_barrier()
+        if C > 32:
+            N_N = _dot(tl.load(N), tl.load(N), EXACT)
+            tl.debug_barrier()
+            tl.store(N, N_N)
+            tl.debug_barrier()
+            tl.store(inverse, tl.load(R) + _dot(tl.load(N), tl.load(R), EXACT))
+        else:
+            tl.store(inverse, tl.load(R))
+        tl.debug_barrier()
+
+
+@jit
+def _found(c, M, m, x, o, i, O, I, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """What a chunk's start gives of a read at the stream x: before (M x) + gain_m (m x), with matrices M and m."""
+    at = _tokens(x, i, CHUNK, C)
+    y = tl.load(_line(c.work, BEFORE, C))[None, :] * _dot(_matrix(M, o, i, O, I), at, PRECISION)
+    tl.debug_barrier()
+    y += tl.load(_line(c.work, GAIN_M, C))[None, :] * _dot(_matrix(m, o, i, O, I), at, PRECISION)
+    tl.debug_barrier()
+    return y
+
+
+@jit
+def _solve(c, layer, y, o, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """p of a layer, from what the chunk's start gives of reads at its inputs, into its stream."""
+    scores = tl.load(_square(c.work, GAIN, C)) * tl.load(_square(c.work, layer.S, C))
+    y -= _dot(_tokens(layer.d, o, CHUNK, C), scores, PRECISION)
+    tl.debug_barrier()
+    p = _dot(y, tl.load(_square(c.work, layer.inverse, C)), PRECISION)
+    _store_tokens(layer.p, p, o, CHUNK, C)
+    tl.debug_barrier()
 
 
 @jit
 def _layers(
-    c, m, E, H, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr, C: tl.constexpr, BE: tl.constexpr,
+    c, m, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr, C: tl.constexpr, BE: tl.constexpr,
     BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A memory's two layers in a chunk, W2's then W1's, and z = W2 k: eqs. 84 and 88."""
+    """A memory's writes in a chunk, eqs. 84 and 88: leaves in work both layers' x, d and p, and z. Where a layer has a
+    state to start from, its matrix has come from there, and what it has of a read at x is less that of the start."""
     e, h = tl.arange(0, BE), tl.arange(0, BH)
-    w2, w1 = _matrix(m.W2, h, e, H, E), _matrix(m.W1, e, h, E, H)
-    k, value = _tokens(c.k, e, CHUNK, C), _tokens(c.v, e, CHUNK, C)
+    hidden, out = _hidden_layer(c, m, E, H), _output_layer(c, m, E, H)
+    value = _tokens(c.v, e, CHUNK, C)
     if SELF_VALUES:
-        value, z = _answer(w2, w1, value, PRECISION)
-        value = tl.load(m.scale) * _normalized(value)
-    z = _dot(w2, k, PRECISION)
-    hidden = z * tl.sigmoid(z)
-    y = _dot(w1, hidden, PRECISION)
-    d1 = k + y - value if L2 else -value
-    d2 = _dot(tl.trans(w1), d1, PRECISION) * _slope(z)
-    between, gain = tl.load(_square(c.work, 0, C)), tl.load(_square(c.work, 1, C))
-    S2, inverse2 = tl.load(_square(c.work, 2, C)), tl.load(_square(c.work, 3, C))
-    found = z if m.S2 is None else z - _dot(_matrix(m.S2, h, e, H, E), k, PRECISION)
-    found = c.before[None, :] * found + c.gain_m[None, :] * _dot(_matrix(m.m2, h, e, H, E), k, PRECISION)
-    p2 = _dot(found - _dot(d2, gain * S2, PRECISION), inverse2, PRECISION)
-    step1 = _step(c.eta, hidden)
-    S1 = _dot(tl.trans(hidden * step1[None, :]), hidden, PRECISION)
-    inverse1 = _inverse(between * S1, C, PRECISION)
-    found = c.before[None, :] * y + c.gain_m[None, :] * _dot(_matrix(m.m1, e, h, E, H), hidden, PRECISION)
-    p1 = _dot(found - _dot(d1, gain * S1, PRECISION), inverse1, PRECISION)
-    return _Layer(k, d2, p2, c.step2, S2, inverse2), _Layer(hidden, d1, p1, step1, S1, inverse1), z
+        value = tl.load(m.scale) * _normalized(_answer(c, m, value, E, H, CHUNK, C, BE, BH, PRECISION))
+    _store_tokens(out.d, -value, e, CHUNK, C)
+    tl.debug_barrier()
+    z = _dot(_matrix(m.W2, h, e, H, E), _tokens(c.k, e, CHUNK, C), PRECISION)
+    tl.debug_barrier()
+    x = _silu(z)
+    _store_tokens(_tile(c, Z, H), z, h, CHUNK, C)
+    _store_tokens(out.x, x, h, CHUNK, C)
+    tl.store(_line(c.work, STEP_1, C), _step(tl.load(_line(c.work, ETA, C)), x))
+    tl.debug_barrier()
+    y = _dot(_matrix(m.W1, e, h, E, H), _tokens(out.x, h, CHUNK, C), PRECISION)
+    if L2:
+        d = y + _tokens(c.k, e, CHUNK, C) + _tokens(out.d, e, CHUNK, C)
+        tl.debug_barrier()
+        _store_tokens(out.d, d, e, CHUNK, C)
+    y *= tl.load(_line(c.work, BEFORE, C))[None, :]
+    tl.debug_barrier()
+    y += tl.load(_line(c.work, GAIN_M, C))[None, :] * _dot(
+        _matrix(m.m1, e, h, E, H), _tokens(out.x, h, CHUNK, C), PRECISION
+    )
+    tl.debug_barrier()
+    _scores(c, out.x, STEP_1, S_1, INVERSE_1, h, CHUNK, C, PRECISION)
+    _solve(c, out, y, e, CHUNK, C, PRECISION)
+    d = _dot(tl.trans(_matrix(m.W1, e, h, E, H)), _tokens(out.d, e, CHUNK, C), PRECISION)
+    _store_tokens(hidden.d, d * _slope(_tokens(_tile(c, Z, H), h, CHUNK, C)), h, CHUNK, C)
+    tl.debug_barrier()
+    y = _found(c, m.W2, m.m2, c.k, h, e, H, E, CHUNK, C, PRECISION)
+    if m.S2 is not None:
+        start = _dot(_matrix(m.S2, h, e, H, E), _tokens(c.k, e, CHUNK, C), PRECISION)
+        y -= tl.load(_line(c.work, BEFORE, C))[None, :] * start
+        tl.debug_barrier()
+    _solve(c, hidden, y, h, CHUNK, C, PRECISION)
 
 
 @jit
-def _read(c, layer, M, m, q, C: tl.constexpr, PRECISION: tl.constexpr):
-    """M_{t-1} q_t of a layer with matrix M and momentum m, as tiles."""
-    S = _dot(tl.trans(layer.x * layer.step[None, :]), q, PRECISION)
-    between, gain = tl.load(_square(c.work, 0, C)), tl.load(_square(c.work, 1, C))
-    r = c.before[None, :] * _dot(M, q, PRECISION) + c.gain_m[None, :] * _dot(m, q, PRECISION)
-    return r - _dot(layer.d, gain * S, PRECISION) - _dot(layer.p, between * S, PRECISION)
+def _read(c, layer, q, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """M_{t-1} q_t of a layer, a tile, for the stream q."""
+    O, I = layer.O, layer.I
+    y = _found(c, layer.M, layer.m, q, o, i, O, I, CHUNK, C, PRECISION)
+    if layer.start is not None:
+        rest = 1.0 - tl.load(_line(c.work, BEFORE, C))
+        start = _dot(_matrix(layer.start, o, i, O, I), _tokens(q, i, CHUNK, C), PRECISION)
+        y += rest[None, :] * start
+        tl.debug_barrier()
+    S = _read_scores(c, layer, q, i, CHUNK, C, PRECISION)
+    y -= _dot(_tokens(layer.d, o, CHUNK, C), tl.load(_square(c.work, GAIN, C)) * S, PRECISION)
+    tl.debug_barrier()
+    y -= _dot(_tokens(layer.p, o, CHUNK, C), tl.load(_square(c.work, BETWEEN, C)) * S, PRECISION)
+    tl.debug_barrier()
+    return y
 
 
 @jit
-def _read_hidden(c, m, layer, q, E, H, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr):
-    """The same of W2, which moves from its start state on."""
-    e, h = tl.arange(0, BE), tl.arange(0, BH)
-    w2, m2 = _matrix(m.W2, h, e, H, E), _matrix(m.m2, h, e, H, E)
-    if m.S2 is None:
-        r = _read(c, layer, w2, m2, q, C, PRECISION)
-    else:
-        start = _matrix(m.S2, h, e, H, E)
-        r = _read(c, layer, w2 - start, m2, q, C, PRECISION) + _dot(start, q, PRECISION)
-    return r
+def _read_scores(c, layer, q, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    xe = _tokens(layer.x, i, CHUNK, C) * tl.load(_line(c.work, layer.step, C))[None, :]
+    S = _dot(tl.trans(xe), _tokens(q, i, CHUNK, C), PRECISION)
+    tl.debug_barrier()
+    return S
 
 
 @jit
-def _end(c, layer, M, m, PRECISION: tl.constexpr):
-    """Tiles of a layer's matrix and momentum at the chunk's end."""
-    xe, end = tl.trans(layer.x * layer.step[None, :]), c.end
-    writes = end.gain[None, :] * layer.d + end.after[None, :] * layer.p
-    M_end = end.all * M + end.gain_m * m - _dot(writes, xe, PRECISION)
-    return M_end, end.keep_m * m - _dot(end.keep[None, :] * layer.d, xe, PRECISION)
+def _end(c, layer, to_M, to_m, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """A layer's matrix and momentum at the chunk's end."""
+    work, O, I = c.work, layer.O, layer.I
+    ends = work + ENDS * C
+    xe = tl.trans(_tokens(layer.x, i, CHUNK, C) * tl.load(_line(work, layer.step, C))[None, :])
+    d = _tokens(layer.d, o, CHUNK, C)
+    m = _matrix(layer.m, o, i, O, I)
+    _store_matrix(
+        to_m, tl.load(ends + 2) * m - _dot(tl.load(_line(work, KEEP, C))[None, :] * d, xe, PRECISION), o, i, O, I
+    )
+    tl.debug_barrier()
+    writes = tl.load(_line(work, GAIN_END, C))[None, :] * d
+    writes += tl.load(_line(work, AFTER, C))[None, :] * _tokens(layer.p, o, CHUNK, C)
+    M = tl.load(ends) * _matrix(layer.M, o, i, O, I) + tl.load(ends + 1) * m - _dot(writes, xe, PRECISION)
+    if layer.start is not None:
+        M += (1.0 - tl.load(ends)) * _matrix(layer.start, o, i, O, I)
+    _store_matrix(to_M, M, o, i, O, I)
+    tl.debug_barrier()
+
+
+@jit
+def _at_program(u, k, v, q, eta, alpha, theta, at, u_next, u_row, k_row, v_row, q_row):
+    return _Streams(
+        u if u is None else u + tl.load(at), k if k is None else k + tl.load(at + 1),
+        v if v is None else v + tl.load(at + 2), q if q is None else q + tl.load(at + 3),
+        eta if eta is None else eta + tl.load(at + 4), alpha if alpha is None else alpha + tl.load(at + 5),
+        theta + tl.load(at + 6), u_next, u_row, k_row, v_row, q_row,
+    )  # fmt: skip
+
+
+@jit
+def _at_head(eta_read, eta_bias, alpha_read, alpha_bias, head, E):
+    return _ReadOuts(
+        eta_read if eta_read is None else eta_read + head * E, eta_bias if eta_bias is None else eta_bias + head,
+        alpha_read if alpha_read is None else alpha_read + head * E,
+        alpha_bias if alpha_bias is None else alpha_bias + head,
+    )  # fmt: skip
 
 
 @jit
 def _layer_forward(
     u, k, v, q, eta, alpha, theta, at, states, S2, scale, eta_read, eta_bias, alpha_read, alpha_bias, Y, work,
-    chunks, slots, heads, memories, adaptive, u_next, u_row, k_row, v_row, q_row, work_size, E, H,
-    CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr, QK_NORM: tl.constexpr, HIDDEN_RATE: tl.constexpr,
+    chunks, slots, heads, memories, adaptive, u_next, u_row, k_row, v_row, q_row, work_size,
+    E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr, QK_NORM: tl.constexpr, HIDDEN_RATE: tl.constexpr,
     C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`memory_layer`. Grid (sequences x heads); at: (n, 7), where each one's part of the first seven begins; states:
@@ -283,213 +452,270 @@ def _layer_forward(
     for chunk in tl.range(0, chunks, disable_licm=True):
         now, new = states + chunk % slots * 4 * plane, states + (chunk + 1) % slots * 4 * plane
         s = chunk * CHUNK
-        c, g = _begin_chunk(
+        c = _begin_chunk(
             x, gates, now, plane, work, s, adaptive, E, H, CHUNK, QK_NORM, HIDDEN_RATE, C, BE, BH, PRECISION
         )
         for j in tl.range(0, memories, disable_licm=True):
             m, to = _memory(now, plane, j, scale, S2, E, H), _memory(new, plane, j, scale, S2, E, H)
-            hidden, out, z = _layers(c, m, E, H, CHUNK, L2, SELF_VALUES, C, BE, BH, PRECISION)
-            w2, m2 = _matrix(m.W2, h, e, H, E), _matrix(m.m2, h, e, H, E)
-            if S2 is None:
-                w2, m2 = _end(c, hidden, w2, m2, PRECISION)
-            else:
-                start = _matrix(m.S2, h, e, H, E)
-                w2, m2 = _end(c, hidden, w2 - start, m2, PRECISION)
-                w2 += start
-            w1, m1 = _end(c, out, _matrix(m.W1, e, h, E, H), _matrix(m.m1, e, h, E, H), PRECISION)
-            _store_matrix(to.W2, w2, h, e, H, E)
-            _store_matrix(to.W1, w1, e, h, E, H)
-            _store_matrix(to.m2, m2, h, e, H, E)
-            _store_matrix(to.m1, m1, e, h, E, H)
+            _layers(c, m, E, H, CHUNK, L2, SELF_VALUES, C, BE, BH, PRECISION)
+            hidden, out = _hidden_layer(c, m, E, H), _output_layer(c, m, E, H)
             if j == memories - 1:
-                queries = _tokens(c.q, e, CHUNK, C)
-                r = _read_hidden(c, m, hidden, queries, E, H, C, BE, BH, PRECISION)
-                w1, m1 = _matrix(m.W1, e, h, E, H), _matrix(m.m1, e, h, E, H)
-                y = queries + _read(c, out, w1, m1, r * tl.sigmoid(r), C, PRECISION)
+                r = _read(c, hidden, c.q, h, e, CHUNK, C, PRECISION)
+                _store_tokens(_tile(c, READ, H), _silu(r), h, CHUNK, C)
+                tl.debug_barrier()
+                y = _read(c, out, _tile(c, READ, H), e, h, CHUNK, C, PRECISION) + _tokens(c.q, e, CHUNK, C)
                 _store_tokens(_Stream(Y + (n * chunks * CHUNK + s) * E, E, E), y, e, CHUNK, C)
-
-
-@jit
-def _at_program(u, k, v, q, eta, alpha, theta, at, u_next, u_row, k_row, v_row, q_row):
-    return _Streams(
-        u if u is None else u + tl.load(at), k if k is None else k + tl.load(at + 1),
-        v if v is None else v + tl.load(at + 2), q if q is None else q + tl.load(at + 3),
-        eta if eta is None else eta + tl.load(at + 4), alpha if alpha is None else alpha + tl.load(at + 5),
-        theta + tl.load(at + 6), u_next, u_row, k_row, v_row, q_row,
-    )  # fmt: skip
-
-
-@jit
-def _at_head(eta_read, eta_bias, alpha_read, alpha_bias, head, E):
-    return _Gates(
-        eta_read if eta_read is None else eta_read + head * E, eta_bias if eta_bias is None else eta_bias + head,
-        alpha_read if alpha_read is None else alpha_read + head * E,
-        alpha_bias if alpha_bias is None else alpha_bias + head,
-    )  # fmt: skip
+            _end(c, hidden, to.W2, to.m2, h, e, CHUNK, C, PRECISION)
+            _end(c, out, to.W1, to.m1, e, h, CHUNK, C, PRECISION)
 
 
 # ---- Backward ----
 
-# Gradients of one layer's part in a chunk: of its matrix and momentum at the start, of what makes its writes.
-_LayerGradients = namedtuple("_LayerGradients", "M m x d step q gates")
-
 
 @jit
-def _nothing(C: tl.constexpr):
-    """`_GateGradients` of 0, but for those of squares, which lie in work."""
-    line, number = tl.zeros((C,), tl.float32), tl.sum(tl.zeros((C,), tl.float32))
-    return _GateGradients(number, number, line, line, line, line, line, number, number, number)
-
-
-@jit
-def _sum(a, b):
-    """Of two `_GateGradients`, without the squares."""
-    return _GateGradients(
-        a.between, a.gain, a.before + b.before, a.gain_m + b.gain_m, a.after + b.after, a.gain_end + b.gain_end,
-        a.keep + b.keep, a.all + b.all, a.gain_m_end + b.gain_m_end, a.keep_m + b.keep_m,
-    )  # fmt: skip
-
-
-@jit
-def _layer_backward(c, layer, M, m, E, E_m, q, dr, read, C: tl.constexpr, PRECISION: tl.constexpr):
-    """From the gradients E and E_m of the chunk's end, and dr of what is read at q if `read`: that of `_end` and `_read`,
-    with what made p. In the letters of `kernels._chunk_backward`; U = E (step x)^T, dz is the gradient of what the
-    solve turns into p. Adds those of between and gain to work."""
-    x, d, p, end = layer.x, layer.d, layer.p, c.end
-    xe = x * layer.step[None, :]
-    between, gain = tl.load(_square(c.work, 0, C)), tl.load(_square(c.work, 1, C))
-    d_between, d_gain = tl.load(_square(c.work, 4, C)), tl.load(_square(c.work, 5, C))
-    U, U_m = _dot(E, xe, PRECISION), _dot(E_m, xe, PRECISION)
-    dz, dd = -end.after[None, :] * U, -end.gain[None, :] * U - end.keep[None, :] * U_m
-    dxe = -_dot(tl.trans(E), end.gain[None, :] * d + end.after[None, :] * p, PRECISION)
-    dxe -= _dot(tl.trans(E_m), end.keep[None, :] * d, PRECISION)
-    dM, dm = end.all * E, end.keep_m * E_m + end.gain_m * E
-    dq, d_before, d_gain_m = tl.zeros_like(x), tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+def _layer_backward(
+    c, layer, to, q, dr, read, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Of `_end`, and of `_read` at the stream q with the gradient dr if `read`, and of the `_solve` before them. In the
+    letters of `kernels._chunk_backward`: E and E_m are the gradients of the chunk's end, U = E (step x)^T, dz that of what
+    the solve turns into p. Turns E and E_m, in the `_Back` to, into those of the chunk's start; puts the gradients of d,
+    x and q into streams; adds those of the start, of steps and gates to what is there. Returns that of the steps."""
+    work, O, I = c.work, layer.O, layer.I
+    step = tl.load(_line(work, layer.step, C))
+    xe = _tokens(layer.x, i, CHUNK, C) * step[None, :]
+    U = _dot(_matrix(to.M, o, i, O, I), xe, PRECISION)
+    tl.debug_barrier()
+    dz = -tl.load(_line(work, AFTER, C))[None, :] * U
+    d = _tokens(layer.d, o, CHUNK, C)
+    _add(_line(work, D_AFTER, C), -tl.sum(_tokens(layer.p, o, CHUNK, C) * U, 0), C)
+    _add(_line(work, D_GAIN_END, C), -tl.sum(d * U, 0), C)
+    dd = -tl.load(_line(work, GAIN_END, C))[None, :] * U
+    tl.debug_barrier()
+    U = _dot(_matrix(to.m, o, i, O, I), xe, PRECISION)
+    tl.debug_barrier()
+    _add(_line(work, D_KEEP, C), -tl.sum(d * U, 0), C)
+    dd -= tl.load(_line(work, KEEP, C))[None, :] * U
     if read:
-        S = _dot(tl.trans(xe), q, PRECISION)
-        of_d, of_p = _dot(tl.trans(d), dr, PRECISION), _dot(tl.trans(p), dr, PRECISION)
-        dd -= _dot(dr, tl.trans(gain * S), PRECISION)
-        dz -= _dot(dr, tl.trans(between * S), PRECISION)
-        d_gain, d_between = d_gain - S * of_d, d_between - S * of_p
-        minus_dS = gain * of_d + between * of_p
-        y, y_m = _dot(tl.trans(M), dr, PRECISION), _dot(tl.trans(m), dr, PRECISION)
-        dq = c.before[None, :] * y + c.gain_m[None, :] * y_m - _dot(xe, minus_dS, PRECISION)
-        dxe -= _dot(q, tl.trans(minus_dS), PRECISION)
-        d_before, d_gain_m = tl.sum(q * y, 0), tl.sum(q * y_m, 0)
-        dM += _dot(c.before[None, :] * dr, tl.trans(q), PRECISION)
-        dm += _dot(c.gain_m[None, :] * dr, tl.trans(q), PRECISION)
-    dz = _dot(dz, tl.trans(layer.inverse), PRECISION)
-    dd -= _dot(dz, tl.trans(gain * layer.S), PRECISION)
-    of_d, of_p = _dot(tl.trans(d), dz, PRECISION), _dot(tl.trans(p), dz, PRECISION)
-    d_gain, d_between = d_gain - layer.S * of_d, d_between - layer.S * of_p
-    minus_dS = gain * of_d + between * of_p
-    y, y_m = _dot(tl.trans(M), dz, PRECISION), _dot(tl.trans(m), dz, PRECISION)
-    dx = c.before[None, :] * y + c.gain_m[None, :] * y_m - _dot(xe, minus_dS, PRECISION)
-    dxe -= _dot(x, tl.trans(minus_dS), PRECISION)
-    d_before, d_gain_m = d_before + tl.sum(x * y, 0), d_gain_m + tl.sum(x * y_m, 0)
-    dM += _dot(c.before[None, :] * dz, tl.trans(x), PRECISION)
-    dm += _dot(c.gain_m[None, :] * dz, tl.trans(x), PRECISION)
+        S = _read_scores(c, layer, q, i, CHUNK, C, PRECISION)
+        y = _tokens(dr, o, CHUNK, C)
+        dd -= _dot(y, tl.trans(tl.load(_square(work, GAIN, C)) * S), PRECISION)
+        tl.debug_barrier()
+        dz -= _dot(y, tl.trans(tl.load(_square(work, BETWEEN, C)) * S), PRECISION)
+        tl.debug_barrier()
+    dz = _dot(dz, tl.trans(tl.load(_square(work, layer.inverse, C))), PRECISION)
+    to_z = _Stream(c.tiles + DZ * c.slot, O, O)
+    _store_tokens(to_z, dz, o, CHUNK, C)
     tl.debug_barrier()
-    tl.store(_square(c.work, 4, C), d_between)
-    tl.store(_square(c.work, 5, C), d_gain)
+    scores = tl.load(_square(work, GAIN, C)) * tl.load(_square(work, layer.S, C))
+    dd -= _dot(dz, tl.trans(scores), PRECISION)
+    _store_tokens(to.d, dd, o, CHUNK, C)
     tl.debug_barrier()
-    gates = _GateGradients(
-        0.0, 0.0, d_before, d_gain_m, -tl.sum(p * U, 0), -tl.sum(d * U, 0), -tl.sum(d * U_m, 0),
-        tl.sum(M * E), tl.sum(m * E), tl.sum(m * E_m),
-    )  # fmt: skip
-    return _LayerGradients(dM, dm, dx + dxe * layer.step[None, :], dd, tl.sum(dxe * x, 0), dq, gates)
+    _score_gradients(c, layer, tl.load(_square(work, layer.S, C)), to_z, D_S, o, CHUNK, C, PRECISION)
+    if read:
+        S = _read_scores(c, layer, q, i, CHUNK, C, PRECISION)
+        _score_gradients(c, layer, S, dr, D_S_READ, o, CHUNK, C, PRECISION)
+        dq = _read_backward(c, layer, q, dr, D_S_READ, o, i, CHUNK, C, PRECISION)
+        _store_tokens(to.q, dq, i, CHUNK, C)
+        tl.debug_barrier()
+    writes = tl.load(_line(work, GAIN_END, C))[None, :] * _tokens(layer.d, o, CHUNK, C)
+    writes += tl.load(_line(work, AFTER, C))[None, :] * _tokens(layer.p, o, CHUNK, C)
+    dxe = -_dot(tl.trans(_matrix(to.M, o, i, O, I)), writes, PRECISION)
+    tl.debug_barrier()
+    writes = tl.load(_line(work, KEEP, C))[None, :] * _tokens(layer.d, o, CHUNK, C)
+    dxe -= _dot(tl.trans(_matrix(to.m, o, i, O, I)), writes, PRECISION)
+    tl.debug_barrier()
+    x = _tokens(layer.x, i, CHUNK, C)
+    dxe -= _dot(x, tl.trans(tl.load(_square(work, D_S, C))), PRECISION)
+    tl.debug_barrier()
+    if read:
+        dxe -= _dot(_tokens(q, i, CHUNK, C), tl.trans(tl.load(_square(work, D_S_READ, C))), PRECISION)
+        tl.debug_barrier()
+    d_step = tl.sum(dxe * x, 0)
+    _store_tokens(to.x, dxe * step[None, :], i, CHUNK, C)
+    tl.debug_barrier()
+    dx = _read_backward(c, layer, layer.x, to_z, D_S, o, i, CHUNK, C, PRECISION)
+    _add_tokens(to.x, dx, i, CHUNK, C)
+    _start_backward(c, layer, to, q, dr, to_z, read, o, i, CHUNK, C, PRECISION)
+    return d_step
 
 
 @jit
-def _add_tokens(to, value, i, CHUNK: tl.constexpr, C: tl.constexpr):
-    """Add a tile to what a stream holds."""
-    value += _tokens(to, i, CHUNK, C)
+def _score_gradients(
+    c, layer, S, dy, place, o, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Of reads with scores S and the gradient dy: that of S without its sign, into work; adds those of between and gain."""
+    y = _tokens(dy, o, CHUNK, C)
+    of = _dot(tl.trans(_tokens(layer.d, o, CHUNK, C)), y, PRECISION)
     tl.debug_barrier()
-    _store_tokens(to, value, i, CHUNK, C)
+    minus_dS = tl.load(_square(c.work, GAIN, C)) * of
+    _add(_square(c.work, D_GAIN, C), -S * of, C)
+    tl.debug_barrier()
+    of = _dot(tl.trans(_tokens(layer.p, o, CHUNK, C)), y, PRECISION)
+    tl.debug_barrier()
+    minus_dS += tl.load(_square(c.work, BETWEEN, C)) * of
+    _add(_square(c.work, D_BETWEEN, C), -S * of, C)
+    tl.store(_square(c.work, place, C), minus_dS)
+    tl.debug_barrier()
+
+
+@jit
+def _read_backward(
+    c, layer, at, dy, scores, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The gradient of what is read at, `at`, from that of the reads, dy, but for what its scores do as those of writes;
+    adds those of before and gain_m."""
+    work, O, I = c.work, layer.O, layer.I
+    y = _dot(tl.trans(_matrix(layer.M, o, i, O, I)), _tokens(dy, o, CHUNK, C), PRECISION)
+    tl.debug_barrier()
+    d_at = tl.load(_line(work, BEFORE, C))[None, :] * y
+    if layer.start is not None:
+        of_start = _dot(tl.trans(_matrix(layer.start, o, i, O, I)), _tokens(dy, o, CHUNK, C), PRECISION)
+        y -= of_start
+        d_at -= tl.load(_line(work, BEFORE, C))[None, :] * of_start
+        tl.debug_barrier()
+    x = _tokens(at, i, CHUNK, C)
+    _add(_line(work, D_BEFORE, C), tl.sum(x * y, 0), C)
+    y = _dot(tl.trans(_matrix(layer.m, o, i, O, I)), _tokens(dy, o, CHUNK, C), PRECISION)
+    tl.debug_barrier()
+    d_at += tl.load(_line(work, GAIN_M, C))[None, :] * y
+    _add(_line(work, D_GAIN_M, C), tl.sum(x * y, 0), C)
+    tl.debug_barrier()
+    xe = _tokens(layer.x, i, CHUNK, C) * tl.load(_line(work, layer.step, C))[None, :]
+    d_at -= _dot(xe, tl.load(_square(work, scores, C)), PRECISION)
+    tl.debug_barrier()
+    return d_at
+
+
+@jit
+def _start_backward(
+    c, layer, to, q, dr, dz, read, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The gradients of matrix and momentum at the chunk's start, and of what the matrix starts from."""
+    work, O, I = c.work, layer.O, layer.I
+    ends, t = work + ENDS * C, tl.arange(0, C)
+    E, E_m, m = _matrix(to.M, o, i, O, I), _matrix(to.m, o, i, O, I), _matrix(layer.m, o, i, O, I)
+    change = _matrix(layer.M, o, i, O, I)
+    if layer.start is not None:
+        change -= _matrix(layer.start, o, i, O, I)
+    d_ends = tl.where(t == 0, tl.sum(change * E), tl.where(t == 1, tl.sum(m * E), tl.sum(m * E_m)))
+    _add(_line(work, D_ENDS, C), tl.where(t < 3, d_ends, 0.0), C)
+    tl.debug_barrier()
+    dm = tl.load(ends + 2) * E_m + tl.load(ends + 1) * E
+    y, x = tl.load(_line(work, GAIN_M, C))[None, :] * _tokens(dz, o, CHUNK, C), tl.trans(_tokens(layer.x, i, CHUNK, C))
+    dm += _dot(y, x, PRECISION)
+    tl.debug_barrier()
+    if read:
+        y, x = tl.load(_line(work, GAIN_M, C))[None, :] * _tokens(dr, o, CHUNK, C), tl.trans(_tokens(q, i, CHUNK, C))
+        dm += _dot(y, x, PRECISION)
+        tl.debug_barrier()
+    _store_matrix(to.m, dm, o, i, O, I)
+    tl.debug_barrier()
+    dM = tl.load(ends) * E
+    y, x = tl.load(_line(work, BEFORE, C))[None, :] * _tokens(dz, o, CHUNK, C), tl.trans(_tokens(layer.x, i, CHUNK, C))
+    dM += _dot(y, x, PRECISION)
+    tl.debug_barrier()
+    if read:
+        y, x = tl.load(_line(work, BEFORE, C))[None, :] * _tokens(dr, o, CHUNK, C), tl.trans(_tokens(q, i, CHUNK, C))
+        dM += _dot(y, x, PRECISION)
+        tl.debug_barrier()
+    if layer.start is not None:
+        d_start = _matrix(to.M, o, i, O, I) - dM
+        if read:
+            d_start += _dot(_tokens(dr, o, CHUNK, C), tl.trans(_tokens(q, i, CHUNK, C)), PRECISION)
+            tl.debug_barrier()
+        _add_matrix(to.start, d_start, o, i, O, I)
+    tl.debug_barrier()
+    _store_matrix(to.M, dM, o, i, O, I)
+    tl.debug_barrier()
 
 
 @jit
 def _memory_backward(
-    c, m, d, dS2, d_scale, dk, dv, dq, dy, read, E, H, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr,
+    c, m, d, d_scale, dk, dv, dq, dy, read, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr,
     HIDDEN_RATE: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Turns the gradients of a memory's matrices at the chunk's end, in the `_Memory` d, to those at its start, in place;
-    adds to dS2 and d_scale, and to the streams dk, dv, dq. Returns what it adds to eta's and the gates'."""
+    """Turns the gradients of a memory's matrices at the chunk's end, in the `_Memory` d, into those at its start; adds to
+    those of its start state and scale, to the streams dk, dv, dq, and to those of eta and gates in work."""
     e, h = tl.arange(0, BE), tl.arange(0, BH)
-    hidden, out, z = _layers(c, m, E, H, CHUNK, L2, SELF_VALUES, C, BE, BH, PRECISION)
-    w2, w1 = _matrix(m.W2, h, e, H, E), _matrix(m.W1, e, h, E, H)
-    m2, m1 = _matrix(m.m2, h, e, H, E), _matrix(m.m1, e, h, E, H)
-    q, r = tl.zeros((BE, C), tl.float32), tl.zeros((BH, C), tl.float32)
+    _layers(c, m, E, H, CHUNK, L2, SELF_VALUES, C, BE, BH, PRECISION)
+    hidden, out = _hidden_layer(c, m, E, H), _output_layer(c, m, E, H)
+    z, r, dr = _tile(c, Z, H), _tile(c, READ, H), _tile(c, D_READ, H)
     if read:
-        q = _tokens(c.q, e, CHUNK, C)
-        r = _read_hidden(c, m, hidden, q, E, H, C, BE, BH, PRECISION)
-    of_out = _layer_backward(
-        c, out, w1, m1, _matrix(d.W1, e, h, E, H), _matrix(d.m1, e, h, E, H),
-        r * tl.sigmoid(r), _tokens(dy, e, CHUNK, C), read, C, PRECISION,
-    )  # fmt: skip
-    dr, E2 = of_out.q * _slope(r), _matrix(d.W2, h, e, H, E)
-    change = w2 if m.S2 is None else w2 - _matrix(m.S2, h, e, H, E)
-    of_hidden = _layer_backward(
-        c, hidden, change, m2, E2, _matrix(d.m2, h, e, H, E), q, dr, read, C, PRECISION
+        tile = _read(c, hidden, c.q, h, e, CHUNK, C, PRECISION)
+        _store_tokens(r, _silu(tile), h, CHUNK, C)
+        _store_tokens(_tile(c, D_KEYS, H), tile, h, CHUNK, C)
+        tl.debug_barrier()
+    dd1, dh, dd2, d_keys = _tile(c, D_D1, E), _tile(c, D_HIDDEN, H), _tile(c, D_D2, H), _tile(c, D_KEYS, E)
+    d_step = _layer_backward(c, out, _Back(d.W1, d.m1, None, dd1, dh, dr), r, dy, read, e, h, CHUNK, C, PRECISION)
+    x, eta = _tokens(out.x, h, CHUNK, C), tl.load(_line(c.work, ETA, C))
+    d_eta, dx = _step_backward(eta, x, d_step)
+    _add(_line(c.work, D_ETA, C), d_eta, C)
+    _add_tokens(dh, dx, h, CHUNK, C)
+    if read:
+        tile = _tokens(dr, h, CHUNK, C) * _slope(_tokens(_tile(c, D_KEYS, H), h, CHUNK, C))
+        tl.debug_barrier()
+        _store_tokens(dr, tile, h, CHUNK, C)
+        tl.debug_barrier()
+    to_q = _tile(c, P1, E)
+    d_step = _layer_backward(
+        c, hidden, _Back(d.W2, d.m2, d.S2, dd2, d_keys, to_q), c.q, dr, read, h, e, CHUNK, C, PRECISION
     )
     if read:
-        more = of_hidden.q
+        tile = _tokens(to_q, e, CHUNK, C)
         if m.S2 is not None:
-            more += _dot(tl.trans(_matrix(m.S2, h, e, H, E)), dr, PRECISION)
-        _add_tokens(dq, more, e, CHUNK, C)
-    if m.S2 is not None:
-        more = E2 - of_hidden.M + _matrix(dS2, h, e, H, E)
-        if read:
-            more += _dot(dr, tl.trans(q), PRECISION)
-        tl.debug_barrier()
-        _store_matrix(dS2, more, h, e, H, E)
-    # Inner steps; then the inner loss's gradients  d1 = k + y - value,  d2 = (W1^T d1) silu'(z),  y = W1 silu(z).
-    d_eta, dh = _step_backward(c.eta, out.x, of_out.step)
-    d_eta2, d_keys = _step_backward(HIDDEN_RATE * c.eta, hidden.x, of_hidden.step)
-    d_eta += HIDDEN_RATE * d_eta2
-    d_keys += of_hidden.x
-    dh += of_out.x
-    back = _dot(tl.trans(w1), out.d, PRECISION)
-    d_back, dz = of_hidden.d * _slope(z), of_hidden.d * back * _bend(z)
-    d1 = of_out.d + _dot(w1, d_back, PRECISION)
-    d_w1 = of_out.M + _dot(out.d, tl.trans(d_back), PRECISION)
-    if L2:
-        d_keys += d1
-        d_w1 += _dot(d1, tl.trans(out.x), PRECISION)
-        dh += _dot(tl.trans(w1), d1, PRECISION)
-    dz += dh * _slope(z)
-    d_w2 = of_hidden.M + _dot(dz, tl.trans(hidden.x), PRECISION)
-    d_keys += _dot(tl.trans(w2), dz, PRECISION)
-    d_value = -d1
-    if SELF_VALUES:
-        v = _tokens(c.v, e, CHUNK, C)
-        value, zv = _answer(w2, w1, v, PRECISION)
-        more_scale = tl.load(d_scale) + tl.sum(d_value * _normalized(value))
-        d_value = _normalized_backward(value, tl.load(m.scale) * d_value)
-        more_w2, more_w1, d_value = _answer_backward(w2, w1, v, zv, d_value, PRECISION)
-        d_w2, d_w1 = d_w2 + more_w2, d_w1 + more_w1
-        tl.debug_barrier()
-        tl.store(d_scale, more_scale)
-    _add_tokens(dk, d_keys, e, CHUNK, C)
-    _add_tokens(dv, d_value, e, CHUNK, C)
-    _store_matrix(d.W2, d_w2, h, e, H, E)
-    _store_matrix(d.W1, d_w1, e, h, E, H)
-    _store_matrix(d.m2, of_hidden.m, h, e, H, E)
-    _store_matrix(d.m1, of_out.m, e, h, E, H)
+            tile += _dot(tl.trans(_matrix(m.S2, h, e, H, E)), _tokens(dr, h, CHUNK, C), PRECISION)
+            tl.debug_barrier()
+        _add_tokens(dq, tile, e, CHUNK, C)
+    d_eta, tile = _step_backward(HIDDEN_RATE * eta, _tokens(c.k, e, CHUNK, C), d_step)
+    _add(_line(c.work, D_ETA, C), HIDDEN_RATE * d_eta, C)
+    tile += _tokens(d_keys, e, CHUNK, C)
+    _add_tokens(dk, tile, e, CHUNK, C)
+    # The inner loss's gradients: d2 = (W1^T d1) silu'(z).
+    zs, dd = _tokens(z, h, CHUNK, C), _tokens(dd2, h, CHUNK, C)
+    back = _dot(tl.trans(_matrix(m.W1, e, h, E, H)), _tokens(out.d, e, CHUNK, C), PRECISION)
     tl.debug_barrier()
-    return d_eta, _sum(of_out.gates, of_hidden.gates)
+    dz, d_back = dd * back * _bend(zs), dd * _slope(zs)
+    _store_tokens(dd2, d_back, h, CHUNK, C)  # from now on of W1^T d1
+    tl.debug_barrier()
+    _add_matrix(d.W1, _dot(_tokens(out.d, e, CHUNK, C), tl.trans(d_back), PRECISION), e, h, E, H)
+    d1 = _dot(_matrix(m.W1, e, h, E, H), _tokens(dd2, h, CHUNK, C), PRECISION)
+    _add_tokens(dd1, d1, e, CHUNK, C)
+    # d1 = k + y - value, y = W1 silu(z), z = W2 k.
+    if L2:
+        d1 = _tokens(dd1, e, CHUNK, C)
+        _add_tokens(dk, d1, e, CHUNK, C)
+        _add_matrix(d.W1, _dot(d1, tl.trans(_tokens(out.x, h, CHUNK, C)), PRECISION), e, h, E, H)
+        tile = _dot(tl.trans(_matrix(m.W1, e, h, E, H)), _tokens(dd1, e, CHUNK, C), PRECISION)
+        _add_tokens(dh, tile, h, CHUNK, C)
+    dz += _tokens(dh, h, CHUNK, C) * _slope(zs)
+    _add_matrix(d.W2, _dot(dz, tl.trans(_tokens(c.k, e, CHUNK, C)), PRECISION), h, e, H, E)
+    tile = _dot(tl.trans(_matrix(m.W2, h, e, H, E)), dz, PRECISION)
+    _add_tokens(dk, tile, e, CHUNK, C)
+    d_value = -_tokens(dd1, e, CHUNK, C)
+    if SELF_VALUES:
+        value = _answer(c, m, _tokens(c.v, e, CHUNK, C), E, H, CHUNK, C, BE, BH, PRECISION)
+        tl.debug_barrier()
+        more = tl.sum(d_value * _normalized(value))
+        d_value = _normalized_backward(value, tl.load(m.scale) * d_value)
+        d_value = _answer_backward(c, m, d, c.v, d_value, E, H, CHUNK, C, BE, BH, PRECISION)
+        tl.debug_barrier()
+        tl.store(d_scale, tl.load(d_scale) + more)
+    _add_tokens(dv, d_value, e, CHUNK, C)
 
 
 @jit
-def _gate_backward(read, d_read, d_bias, at, to, d, E, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr):
+def _gate_backward(
+    read, d_read, d_bias, at, to, d, E: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr
+):
     """Of `_gate`, with the gradient d (C,) of what it returns: that of the tile at `at`, to `to`; adds to the others."""
     e = tl.arange(0, BE)
     weight = tl.load(read + e, mask=e < E, other=0.0)
     _store_tokens(_Stream(to, E, E), weight[:, None] * d[None, :], e, CHUNK, C)
     more = tl.sum(_tokens(_Stream(at, E, E), e, CHUNK, C) * d[None, :], 1)
-    tl.store(d_read + e, tl.load(d_read + e, mask=e < E) + more, mask=e < E)
-    d = tl.sum(tl.where(tl.arange(0, C) < CHUNK, d, 0.0))
-    tl.store(d_bias, tl.load(d_bias) + d)
+    tl.store(d_read + e, tl.load(d_read + e, mask=e < E, other=0.0) + more, mask=e < E)
+    more = tl.sum(tl.where(tl.arange(0, C) < CHUNK, d, 0.0))
+    tl.store(d_bias, tl.load(d_bias) + more)
+    tl.debug_barrier()
 
 
 @jit
@@ -497,8 +723,8 @@ def _layer_backward_chunks(
     u, k, v, q, eta, alpha, theta, at, states, S2, scale, eta_read, eta_bias, alpha_read, alpha_bias,
     dY, du, dk, dv, dq, d_eta, d_alpha, d_theta, d_states, dS2, d_scale, d_eta_read, d_eta_bias, d_alpha_read,
     d_alpha_bias, work,
-    chunks, heads, memories, adaptive, u_next, u_row, k_row, v_row, q_row, work_size, E, H,
-    CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr, QK_NORM: tl.constexpr, HIDDEN_RATE: tl.constexpr,
+    chunks, heads, memories, adaptive, u_next, u_row, k_row, v_row, q_row, work_size,
+    E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr, QK_NORM: tl.constexpr, HIDDEN_RATE: tl.constexpr,
     C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of `_layer_forward`, with the states of all chunks, on the same grid: from the last chunk on.
@@ -506,7 +732,7 @@ def _layer_backward_chunks(
     adaptive, E), dk, dv, dq (n, s, E), d_eta, d_alpha, d_theta (n, s); of what sequences share each program has its own
     part: dS2 (n, memories, E H), d_scale (n, memories), d_.._read (n, E), d_.._bias (n,), which come as 0."""
     n = tl.program_id(0).to(tl.int64)
-    head, e, h, t = n % heads, tl.arange(0, BE), tl.arange(0, BH), tl.arange(0, C)
+    head, e, t = n % heads, tl.arange(0, BE), tl.arange(0, C)
     x = _at_program(u, k, v, q, eta, alpha, theta, at + n * 7, u_next, u_row, k_row, v_row, q_row)
     gates = _at_head(eta_read, eta_bias, alpha_read, alpha_bias, head, E)
     size = E * H
@@ -517,13 +743,13 @@ def _layer_backward_chunks(
     dS2 = dS2 if dS2 is None else dS2 + n * memories * size
     d_scale = d_scale if d_scale is None else d_scale + n * memories
     work += n * work_size
-    tiles = work + SQUARES * C * C + C
-    found, back = _reads_at(x, tiles, E * C), _reads_at(x, tiles + adaptive * E * C, E * C)
+    reads = work + (LINES + SQUARES * C) * C
+    found, back = _reads_at(x, reads, E * C), _reads_at(x, reads + adaptive * E * C, E * C)
     first = n * chunks * CHUNK  # token
     for i in tl.range(0, chunks, disable_licm=True):
         chunk = chunks - 1 - i
         now, s = states + chunk * 4 * plane, chunk * CHUNK
-        c, g = _begin_chunk(
+        c = _begin_chunk(
             x, gates, now, plane, work, s, adaptive, E, H, CHUNK, QK_NORM, HIDDEN_RATE, C, BE, BH, PRECISION
         )
         to_k = _Stream(back.k, E, E) if dk is None else _Stream(dk + (first + s) * E, E, E)
@@ -533,56 +759,63 @@ def _layer_backward_chunks(
         _store_tokens(to_k, zeros, e, CHUNK, C)
         _store_tokens(to_v, zeros, e, CHUNK, C)
         _store_tokens(to_q, _tokens(dy, e, CHUNK, C), e, CHUNK, C)
-        tl.store(_square(work, 4, C), tl.zeros((C, C), tl.float32))
-        tl.store(_square(work, 5, C), tl.zeros((C, C), tl.float32))
+        tl.store(_square(work, D_BETWEEN, C), tl.zeros((C, C), tl.float32))
+        tl.store(_square(work, D_GAIN, C), tl.zeros((C, C), tl.float32))
+        for line in tl.static_range(D_BEFORE, LINES):
+            tl.store(_line(work, line, C), tl.zeros((C,), tl.float32))
         tl.debug_barrier()
-        d_rate, dg = tl.zeros((C,), tl.float32), _nothing(C)
         for j in tl.range(0, memories, disable_licm=True):
-            m, d = _memory(now, plane, j, scale, S2, E, H), _memory(d_states, plane, j, None, None, E, H)
-            to_start, to_scale = dS2 if dS2 is None else dS2 + j * size, d_scale if d_scale is None else d_scale + j
-            more, more_g = _memory_backward(
-                c, m, d, to_start, to_scale, to_k, to_v, to_q, dy, (j == memories - 1).to(tl.int32), E, H, CHUNK, L2,
-                SELF_VALUES, HIDDEN_RATE, C, BE, BH, PRECISION,
+            m, d = _memory(now, plane, j, scale, S2, E, H), _memory(d_states, plane, j, d_scale, dS2, E, H)
+            _memory_backward(
+                c, m, d, d.scale, to_k, to_v, to_q, dy, (j == memories - 1).to(tl.int32), E, H, CHUNK, L2, SELF_VALUES,
+                HIDDEN_RATE, C, BE, BH, PRECISION,
             )  # fmt: skip
-            d_rate, dg = d_rate + more, _sum(dg, more_g)
-        dg = _GateGradients(
-            tl.load(_square(work, 4, C)), tl.load(_square(work, 5, C)), dg.before, dg.gain_m, dg.after, dg.gain_end,
-            dg.keep, dg.all, dg.gain_m_end, dg.keep_m,
-        )  # fmt: skip
-        zero, zeros = tl.zeros((C,), tl.float32), tl.zeros((C, C), tl.float32)
-        da, dth = _gates_backward(g, theta, dg, zeros, zero, True, PRECISION)
+        tl.debug_barrier()
+        da, dth = _chunk_gates_backward(c, x.theta + s, CHUNK, C, PRECISION)
         tl.store(d_theta + first + s + t, dth, mask=t < CHUNK)
+        rate = tl.load(_line(work, D_ETA, C))
         if eta is None:
-            rate = _gate(gates.eta_read, gates.eta_bias, found.eta, E, CHUNK, C, BE)
-            d_rate *= tl.sigmoid(rate)
+            rate *= tl.sigmoid(_gate(gates.eta_read, gates.eta_bias, found.eta, E, CHUNK, C, BE))
             _gate_backward(
-                gates.eta_read, d_eta_read + n * E, d_eta_bias + n, found.eta, back.eta, d_rate, E, CHUNK, C, BE
+                gates.eta_read, d_eta_read + n * E, d_eta_bias + n, found.eta, back.eta, rate, E, CHUNK, C, BE
             )
         else:
-            tl.store(d_eta + first + s + t, d_rate, mask=t < CHUNK)
+            tl.store(d_eta + first + s + t, rate, mask=t < CHUNK)
         if alpha is None:
-            da *= g.alpha.now * (1.0 - g.alpha.now)
+            now_alpha = tl.load(_line(work, RETENTION, C))
             _gate_backward(
-                gates.alpha_read, d_alpha_read + n * E, d_alpha_bias + n, found.alpha, back.alpha, da, E, CHUNK, C, BE
-            )
+                gates.alpha_read, d_alpha_read + n * E, d_alpha_bias + n, found.alpha, back.alpha,
+                da * now_alpha * (1.0 - now_alpha), E, CHUNK, C, BE,
+            )  # fmt: skip
         else:
             tl.store(d_alpha + first + s + t, da, mask=t < CHUNK)
         tl.debug_barrier()
-        for j in tl.range(0, adaptive, disable_licm=True):
-            m, d = _memory(now, plane, j, None, None, E, H), _memory(d_states, plane, j, None, None, E, H)
-            w2, w1 = _matrix(m.W2, h, e, H, E), _matrix(m.W1, e, h, E, H)
-            at_u = _tokens(_inputs(x, s, j, E), e, CHUNK, C)
-            y, z = _answer(w2, w1, at_u, PRECISION)
-            d_read = _tokens(_Stream(back.k + j * E * C, E, E), e, CHUNK, C)
-            d_read = tl.where(_normal(x, j, QK_NORM), _normalized_backward(y, d_read), d_read)
-            d_w2, d_w1, d_u = _answer_backward(w2, w1, at_u, z, d_read, PRECISION)
-            d_w2, d_w1 = d_w2 + _matrix(d.W2, h, e, H, E), d_w1 + _matrix(d.W1, e, h, E, H)
-            tl.debug_barrier()
-            _store_matrix(d.W2, d_w2, h, e, H, E)
-            _store_matrix(d.W1, d_w1, e, h, E, H)
-            row = adaptive * E
-            _store_tokens(_Stream(du + (first + s) * row + j * E, row, E), d_u, e, CHUNK, C)
-        tl.debug_barrier()
+        if u is not None:
+            for j in tl.range(0, adaptive, disable_licm=True):
+                m, d = _memory(now, plane, j, None, None, E, H), _memory(d_states, plane, j, None, None, E, H)
+                at_u, row = _inputs(x, s, j, E), adaptive * E
+                y = _answer(c, m, _tokens(at_u, e, CHUNK, C), E, H, CHUNK, C, BE, BH, PRECISION)
+                tl.debug_barrier()
+                d_read = _tokens(_Stream(back.k + j * E * C, E, E), e, CHUNK, C)
+                d_read = tl.where(_normal(x, j, QK_NORM), _normalized_backward(y, d_read), d_read)
+                d_u = _answer_backward(c, m, d, at_u, d_read, E, H, CHUNK, C, BE, BH, PRECISION)
+                _store_tokens(_Stream(du + (first + s) * row + j * E, row, E), d_u, e, CHUNK, C)
+                tl.debug_barrier()
+
+
+@jit
+def _chunk_gates_backward(c, theta, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of alpha and theta (C,) from those in work."""
+    work = c.work
+    ends = work + D_ENDS * C
+    d = _GateGradients(
+        tl.load(_square(work, D_BETWEEN, C)), tl.load(_square(work, D_GAIN, C)), tl.load(_line(work, D_BEFORE, C)),
+        tl.load(_line(work, D_GAIN_M, C)), tl.load(_line(work, D_AFTER, C)), tl.load(_line(work, D_GAIN_END, C)),
+        tl.load(_line(work, D_KEEP, C)), tl.load(ends), tl.load(ends + 1), tl.load(ends + 2),
+    )  # fmt: skip
+    g = _gates(c.alpha, theta, CHUNK, True, PRECISION, C)
+    zeros, zero = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
+    return _gates_backward(g, theta, d, zeros, zero, True, PRECISION)
 
 
 # ---- What hope.py calls ----
@@ -637,7 +870,9 @@ class _LayerFunction(torch.autograd.Function):
     def backward(ctx, *grads):
         *inputs, states = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
-            raise RuntimeError("a memory layer in one launch has no second derivative; set one_launch = False of the Memory")
+            raise RuntimeError(
+                "a memory layer in one launch has no second derivative; set one_launch = False of the Memory"
+            )
         if states is None:
             states = forward_chunks(inputs, True, *ctx.flags)[1]
         made = iter(backward_chunks(inputs, states, grads, *ctx.flags))
@@ -655,7 +890,7 @@ def _launched(inputs: Sequence[Tensor | None], chunk: int, adaptive: int, l2: bo
     u = streams[0]
     tile = lambda size: max(16, 1 << (size - 1).bit_length())
     C = tile(chunk)
-    work_size = SQUARES.value * C * C + C + 2 * adaptive * E * C
+    work_size = (LINES.value + SQUARES.value * C + 2 * adaptive * E + TILES.value * max(E, H)) * C
     sizes = dict(
         heads=h, memories=n, adaptive=adaptive, u_next=0 if u is None or u.shape[3] == 1 else u.stride(3), **rows,
         work_size=work_size, E=E, H=H, CHUNK=chunk, L2=l2, SELF_VALUES=self_values, QK_NORM=qk_norm,
