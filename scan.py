@@ -43,6 +43,9 @@ BETWEEN, GAIN, D_BETWEEN, D_GAIN, S_2, INVERSE_2, S_1, INVERSE_1, D_S, D_S_READ 
 # the gradient of what the solve makes p of; gradients of the layers' d and x, and of what is read of W2.
 Z, HIDDEN, D2, P2, D1, P1, READ, DZ, D_D1, D_HIDDEN, D_READ, D_D2, D_KEYS = (constexpr(k) for k in range(13))
 
+# Arguments whose values machine code does not depend on: one compilation serves all lengths.
+COUNTS = "chunks", "slots"
+
 # What all memories share, from the program's first token on; None for what is read from memories.
 _Streams = namedtuple("_Streams", "u k v q eta alpha theta u_next u_row k_row v_row q_row")
 # Read-outs of eta and alpha, (E,) and a number each, of the program's head.
@@ -433,7 +436,7 @@ def _at_head(eta_read, eta_bias, alpha_read, alpha_bias, head, E):
     )  # fmt: skip
 
 
-@jit
+@partial(jit, do_not_specialize=COUNTS)
 def _layer_forward(
     u, k, v, q, eta, alpha, theta, at, states, S2, scale, eta_read, eta_bias, alpha_read, alpha_bias, Y, work,
     chunks, slots, heads, memories, adaptive, u_next, u_row, k_row, v_row, q_row, work_size,
@@ -720,7 +723,7 @@ def _gate_backward(
     tl.debug_barrier()
 
 
-@jit
+@partial(jit, do_not_specialize=COUNTS)
 def _layer_backward_chunks(
     u, k, v, q, eta, alpha, theta, at, states, S2, scale, eta_read, eta_bias, alpha_read, alpha_bias,
     dY, du, dk, dv, dq, d_eta, d_alpha, d_theta, d_states, dS2, d_scale, d_eta_read, d_eta_bias, d_alpha_read,
