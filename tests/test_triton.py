@@ -3,16 +3,19 @@
 Tests marked `gpu` run on a GPU, or with TRITON_INTERPRET=1 on the CPU; `test_in_the_interpreter` runs them so, in a
 process of its own because Triton decides at import. The interpreter multiplies in float32 whatever the input precision:
 what TF32 loses there is put in by hand. bfloat16 it gets wrong in products and in rounding: both are mended where a kernel
-needs them, which only Newton-Schulz does. Compilation for GPUs that are not here is tested in another process.
+needs them, which only Newton-Schulz does. Threads it does not have: races.py looks in every launch for what would be a race
+between them. Compilation for GPUs that are not here is tested in another process.
 """
 
 import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +25,22 @@ import torch
 import backend
 import hope
 import kernels
+from backend import jit, tl
 from kernels import dgd_chunk, dgd_loop, newton_schulz
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+
+
+def watched():
+    """`races.watched`, which needs the interpreter."""
+    if not INTERPRETED:
+        return nullcontext([])
+    import races
+
+    return races.watched()
 
 
 @pytest.fixture
@@ -37,7 +50,9 @@ def triton_kernels(monkeypatch):
     monkeypatch.setenv("HOPE_KERNELS", "triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # falling back is a failure
-        yield
+        with watched() as found:
+            yield
+        assert found == []
 
 
 gpu = lambda fn: pytest.mark.gpu(pytest.mark.usefixtures("triton_kernels")(fn))
@@ -84,6 +99,77 @@ def assert_agree(args, rtol=1e-4, read=("M", "m", "R"), **flags):
         a, b = got.get(k, torch.zeros(1)), want.get(k, torch.zeros(1))
         error = (a - b).abs().max() / b.abs().max().clamp(min=1e-6)
         assert error < rtol, f"{k}: {error:.1e}"
+
+
+@jit
+def _accesses(X, CASE: "tl.constexpr", WAIT: "tl.constexpr"):
+    """Two accesses to 16 numbers of X, or more, and in between a barrier if WAIT."""
+    t = tl.arange(0, 16)
+    there, back = X + t, X + 15 - t
+    if CASE == "load after store":
+        tl.store(there, 1.0)
+        if WAIT:
+            tl.debug_barrier()
+        tl.load(back)
+    if CASE == "store after load":
+        x = tl.load(back)
+        if WAIT:
+            tl.debug_barrier()
+        tl.store(there, x)
+    if CASE == "store after store":
+        tl.store(there, 1.0, mask=t < 9)
+        if WAIT:
+            tl.debug_barrier()
+        tl.store(there, 2.0, mask=t >= 8)
+    if CASE == "next iteration":
+        for _ in range(2):
+            tl.store(there, 1.0)
+            if WAIT:
+                tl.debug_barrier()
+    if CASE == "other statement":
+        x = tl.load(there)
+        if WAIT:
+            tl.debug_barrier()
+        tl.store(there, x)
+    if CASE == "other program":
+        tl.store(there + tl.program_id(0) * (16 if WAIT else 15), 1.0)
+    if CASE == "no race":
+        tl.store(there, tl.load(there) + 1.0)
+        if WAIT:
+            tl.debug_barrier()
+        tl.load(there, mask=t < 8)
+        tl.store(there, 1.0, mask=t >= 8)
+
+
+RACES = {
+    "load after store": "no barrier between store at HERE and load at HERE",
+    "store after load": "no barrier between load at HERE and store at HERE",
+    "store after store": "no barrier between store at HERE and store at HERE",
+    "next iteration": "no barrier between store at HERE and store at HERE",
+    "other statement": "no barrier between load at HERE and store at HERE",
+    "other program": "program (1, 0, 0) stores to what program (0, 0, 0) touches: store at HERE",
+}
+
+
+@gpu
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's threads leave no trace")
+@pytest.mark.parametrize("case", RACES)
+def test_a_race_is_found_and_none_where_there_is_a_barrier(case):
+    programs = 2 if case == "other program" else 1
+    for wait in (False, True):
+        with watched() as found:
+            _accesses[(programs,)](torch.zeros(32), case, wait)
+        found = [re.sub(r"test_triton.py:\d+ _accesses", "HERE", race) for race in found]
+        assert found[:1] == ([] if wait else [RACES[case]])
+
+
+@gpu
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's threads leave no trace")
+def test_to_change_a_number_and_to_touch_others_is_no_race():
+    x = torch.zeros(16)
+    with watched() as found:
+        _accesses[(1,)](x, "no race", True)
+    assert found == [] and (x == 1).all()
 
 
 @pytest.mark.parametrize("triton_us, faster", [(900.0, True), (1100.0, False)])
