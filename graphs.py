@@ -22,10 +22,11 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from data import UserError
@@ -33,6 +34,15 @@ from hope import Hope, HopeState, map_state, nothing, piece_lengths
 from settings import HopeConfig, require
 
 Act = Callable[[], None]
+# The backward pass of nn.Embedding for more tokens at once sorts them, and there waits for the device, which a graph
+# cannot hold (github.com/pytorch/pytorch/issues/82886).
+EMBEDDED_AT_ONCE = 3072
+
+
+def embed_in_pieces(embed: nn.Embedding, tokens: Tensor) -> Tensor:
+    """What `embed` makes of tokens (b, t), with a backward pass that can be captured."""
+    pieces = tokens.flatten().split(EMBEDDED_AT_ONCE)
+    return torch.cat([nn.Embedding.forward(embed, piece) for piece in pieces]).view(*tokens.shape, -1)
 
 
 def recorder(device: torch.device) -> Callable[[Act], Act]:
@@ -95,6 +105,7 @@ class Captured:
         self.lengths = segments(model.config, length)
         self.model, self.rows, self.computing = model, rows, computing
         weight = model.embed.weight
+        model.embed.forward = partial(embed_in_pieces, model.embed)
         record = record or recorder(weight.device)
         self.tokens, self.targets = torch.zeros(2, rows, max(self.lengths), dtype=torch.long, device=weight.device)
         self.loss = torch.zeros((), device=weight.device, dtype=weight.dtype)

@@ -595,17 +595,17 @@ class Memory(SequenceLayer):
         """`_span` with gradients: whole chunks in one launch of `scan.memory_layer`, what is before and behind as ever."""
         length, chunk = next(iter(streams.values())).shape[2], self.config.chunk
         begun = min(-t % chunk, length)
-        whole = (length - begun) // chunk * chunk
-        lengths, ys = [begun, whole, length - begun - whole], []
-        for n, piece, run in zip(lengths, cut_streams(streams, lengths), (self._span, self._layer, self._span)):
+        lengths, ys = [begun, (length - begun) // chunk * chunk, (length - begun) % chunk], []
+        how = self._span, self._launch_with_gradients, self._span
+        for n, piece, run in zip(lengths, cut_streams(streams, lengths), how):
             if n:
                 y, groups = run(piece, groups, t)
                 ys.append(y)
                 t += n
         return torch.cat(ys, 2), groups
 
-    def _layer(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
-        """`_span` for whole chunks from a chunk's beginning on, which no one has read from yet."""
+    def _launch_with_gradients(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple:
+        """`_span` for whole chunks, from the beginning of one on."""
         c, (now, momentum) = self.config, (groups["main"].now, groups["main"].momentum)
         inputs = dict(streams, W2=now[0], W1=now[1], m2=momentum[0], m1=momentum[1])
         if c.origin == "start":
@@ -613,8 +613,7 @@ class Memory(SequenceLayer):
         if c.self_values:
             inputs["scale"] = self._joined("main", "scale")
         for name in self.gates.keys() & set(self.adaptive):
-            gate = self.gates[name]
-            inputs |= {f"{name}_read": in_float32(gate.read), f"{name}_bias": in_float32(gate.bias)}
+            inputs |= {f"{name}_{part}": in_float32(z) for part, z in self.gates[name].named_parameters()}
         y, now, momentum = memory_layer(
             inputs, chunk=c.chunk, adaptive=len(self.adaptive), objective=c.objective, self_values=c.self_values,
             qk_norm=c.qk_norm, hidden_rate=c.hidden_rate, keep=not c.remat,
@@ -929,9 +928,8 @@ class Block(nn.Module):
         self.memory = make_layer(config.layer(i))
         self.cms = CMS(config)
         # Of torch's attentions only the one spelt out in PyTorch has a second derivative, of memories the plain form.
-        second = config.inner_grad == "full"
-        self.attend = partial(sdpa_kernel, SDPBackend.MATH) if second else nullcontext
-        self.memory.one_launch = not second
+        self.attend = partial(sdpa_kernel, SDPBackend.MATH) if config.inner_grad == "full" else nullcontext
+        self.memory.one_launch = config.inner_grad != "full"
 
     def forward(self, x: Tensor, memory: Any, cms: list[FastMLP | None]) -> tuple[Tensor, Any]:
         with self.attend():

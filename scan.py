@@ -27,8 +27,20 @@ from torch.utils.flop_counter import register_flop_formula
 
 from backend import constexpr, jit, layers_by_triton, on_device, precision, tl
 from kernels import (
-    EPS, _begins, _dot, _GateGradients, _gates, _gates_backward, _matrix, _normalized, _softplus, _steps,
-    _store_matrix, _store_tokens, _Stream, _tokens,
+    EPS,
+    _begins,
+    _dot,
+    _GateGradients,
+    _gates,
+    _gates_backward,
+    _matrix,
+    _normalized,
+    _softplus,
+    _steps,
+    _store_matrix,
+    _store_tokens,
+    _Stream,
+    _tokens,
 )  # fmt: skip
 
 # What a program keeps in `work`: LINES (C,), SQUARES (C, C), then tiles of tokens, see `_Chunk`. Lines and squares are of

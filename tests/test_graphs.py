@@ -238,8 +238,10 @@ def both_ways(config: hope.HopeConfig, length: int) -> tuple[graphs.Captured, li
         (dict(arch="hope-attention", cms=(32, INF)), 24, 1),
     ],
 )
-def test_steps_by_records_of_segments_are_those_of_observe(settings, length, kinds):
-    """In float64: losses, gradients, weights and states, over steps whose tokens and weights differ."""
+def test_steps_by_records_of_segments_are_those_of_observe(settings, length, kinds, monkeypatch):
+    """In float64: losses, gradients, weights and states, over steps whose tokens and weights differ; tokens are embedded
+    in pieces."""
+    monkeypatch.setattr(graphs, "EMBEDDED_AT_ONCE", 7)
     captured, found, expected, state = both_ways(small_config(**settings), length)
     assert len(captured.records) == kinds and (kinds < len(captured.lengths) or kinds == 1)
     for a, b in zip(found, expected, strict=True):

@@ -3,16 +3,20 @@
 Tests marked `gpu` run on a GPU, or with TRITON_INTERPRET=1 on the CPU; `test_in_the_interpreter` runs them so, in a
 process of its own because Triton decides at import. The interpreter multiplies in float32 whatever the input precision:
 what TF32 loses there is put in by hand. bfloat16 it gets wrong in products and in rounding: both are mended where a kernel
-needs them, which only Newton-Schulz does. Compilation for GPUs that are not here is tested in another process.
+needs them, which only Newton-Schulz does. Threads it does not have: races.py looks in every launch for what would be a race
+between them. Compilation for GPUs that are not here is tested in another process.
 """
 
+import copy
 import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +26,23 @@ import torch
 import backend
 import hope
 import kernels
+import scan
+from backend import jit, tl
 from kernels import dgd_chunk, dgd_loop, newton_schulz
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+
+
+def watched():
+    """`races.watched`, which needs the interpreter."""
+    if not INTERPRETED:
+        return nullcontext([])
+    import races
+
+    return races.watched()
 
 
 @pytest.fixture
@@ -37,7 +52,9 @@ def triton_kernels(monkeypatch):
     monkeypatch.setenv("HOPE_KERNELS", "triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # falling back is a failure
-        yield
+        with watched() as found:
+            yield
+        assert found == []
 
 
 gpu = lambda fn: pytest.mark.gpu(pytest.mark.usefixtures("triton_kernels")(fn))
@@ -84,6 +101,77 @@ def assert_agree(args, rtol=1e-4, read=("M", "m", "R"), **flags):
         a, b = got.get(k, torch.zeros(1)), want.get(k, torch.zeros(1))
         error = (a - b).abs().max() / b.abs().max().clamp(min=1e-6)
         assert error < rtol, f"{k}: {error:.1e}"
+
+
+@jit
+def _accesses(X, CASE: "tl.constexpr", WAIT: "tl.constexpr"):
+    """Two accesses to 16 numbers of X, or more, and in between a barrier if WAIT."""
+    t = tl.arange(0, 16)
+    there, back = X + t, X + 15 - t
+    if CASE == "load after store":
+        tl.store(there, 1.0)
+        if WAIT:
+            tl.debug_barrier()
+        tl.load(back)
+    if CASE == "store after load":
+        x = tl.load(back)
+        if WAIT:
+            tl.debug_barrier()
+        tl.store(there, x)
+    if CASE == "store after store":
+        tl.store(there, 1.0, mask=t < 9)
+        if WAIT:
+            tl.debug_barrier()
+        tl.store(there, 2.0, mask=t >= 8)
+    if CASE == "next iteration":
+        for _ in range(2):
+            tl.store(there, 1.0)
+            if WAIT:
+                tl.debug_barrier()
+    if CASE == "other statement":
+        x = tl.load(there)
+        if WAIT:
+            tl.debug_barrier()
+        tl.store(there, x)
+    if CASE == "other program":
+        tl.store(there + tl.program_id(0) * (16 if WAIT else 15), 1.0)
+    if CASE == "no race":
+        tl.store(there, tl.load(there) + 1.0)
+        if WAIT:
+            tl.debug_barrier()
+        tl.load(there, mask=t < 8)
+        tl.store(there, 1.0, mask=t >= 8)
+
+
+RACES = {
+    "load after store": "no barrier between store at HERE and load at HERE",
+    "store after load": "no barrier between load at HERE and store at HERE",
+    "store after store": "no barrier between store at HERE and store at HERE",
+    "next iteration": "no barrier between store at HERE and store at HERE",
+    "other statement": "no barrier between load at HERE and store at HERE",
+    "other program": "program (1, 0, 0) stores to what program (0, 0, 0) touches: store at HERE",
+}
+
+
+@gpu
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's threads leave no trace")
+@pytest.mark.parametrize("case", RACES)
+def test_a_race_is_found_and_none_where_there_is_a_barrier(case):
+    programs = 2 if case == "other program" else 1
+    for wait in (False, True):
+        with watched() as found:
+            _accesses[(programs,)](torch.zeros(32), case, wait)
+        found = [re.sub(r"test_triton.py:\d+ _accesses", "HERE", race) for race in found]
+        assert found[:1] == ([] if wait else [RACES[case]])
+
+
+@gpu
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's threads leave no trace")
+def test_to_change_a_number_and_to_touch_others_is_no_race():
+    x = torch.zeros(16)
+    with watched() as found:
+        _accesses[(1,)](x, "no race", True)
+    assert found == [] and (x == 1).all()
 
 
 @pytest.mark.parametrize("triton_us, faster", [(900.0, True), (1100.0, False)])
@@ -313,6 +401,150 @@ def test_a_whole_layer_in_one_launch_is_its_chunks(preset, change, cuts, monkeyp
     assert len(launches) == len(cuts) + 1
 
 
+def layer_and_gradients(layer, x, cuts=()):
+    """Of a layer over x (b, t, d), cut in pieces: outputs, the last states and momenta, and the gradients that random
+    cotangents of all these give x and every parameter; in float64 on the CPU."""
+    x, state, ys = x.detach().requires_grad_(), None, []
+    for piece in x.tensor_split(cuts, 1):
+        y, state = layer(piece, state)
+        ys.append(y)
+    ends = {f"{name}{i}": z for name in ("now", "momentum") for i, z in enumerate(getattr(state.main, name))}
+    out, g = {"y": torch.cat(ys, 1), **ends}, torch.Generator().manual_seed(1)
+    loss = sum((z * torch.randn(z.shape, generator=g).to(z)).sum() for z in out.values())
+    of = {"x": x, **dict(layer.named_parameters())}
+    out |= {f"d_{name}": z for name, z in zip(of, torch.autograd.grad(loss, list(of.values())))}
+    return {name: z.detach().double().cpu() for name, z in out.items()}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Grows with every call of `scan.memory_layer`."""
+    found, run = [], hope.memory_layer
+    monkeypatch.setattr(hope, "memory_layer", lambda *args, **named: found.append(1) or run(*args, **named))
+    return found
+
+
+# Tiles that are full and that are not, every flag of the kernels, adaptive memories with k, q or neither of them. Cuts: pieces
+# that begin and end inside a chunk, and states that come from a call before.
+WHOLE_LAYERS = {
+    "the preset, two heads": (dict(d_model=32, n_head=2, chunk=16), 32, ()),
+    "all adaptive, cut inside a chunk": (dict(adaptive=("k", "v", "q", "eta", "alpha")), 27, (11,)),
+    "chunks of 24 and wide hidden layers": (dict(chunk=24, expand=2, objective="l2", remat=0), 48, ()),
+    "chunks of 64": (dict(d_model=16, chunk=64, adaptive=("eta", "alpha"), remat=0), 128, ()),
+    "from zero, one input for all": (dict(adaptive=("q", "alpha"), own_input=False, origin="zero"), 16, ()),
+    "given values and retention": (dict(d_model=24, adaptive=("v", "eta"), self_values=False, decay="fixed"), 16, ()),
+    "long keys, all retained": (dict(adaptive=("k", "eta"), qk_norm=False, decay="none"), 16, ()),
+    "nothing adaptive": (dict(adaptive=(), objective="l2"), 16, ()),
+}
+
+
+@gpu
+@pytest.mark.parametrize("name", WHOLE_LAYERS)
+def test_a_whole_layer_with_gradients_is_its_chunks(name, launches):
+    assert_layer_agrees(*WHOLE_LAYERS[name], launches)
+
+
+def assert_layer_agrees(change, length, cuts, launches, layer=None, x=None):
+    """Values and gradients by the layer's launches against the plain form's in float64, relative to the largest entry."""
+    torch.manual_seed(0)
+    change = {"chunk_proj": change.get("chunk", 8), **change}
+    layer = memory("hope", **change) if layer is None else layer
+    x = torch.randn(1, length, layer.config.d_model, device=DEVICE) if x is None else x
+    got = layer_and_gradients(layer, x, cuts)
+    assert len(launches) == len(cuts) + 1
+    with kernels.using("reference"):
+        want = layer_and_gradients(copy.deepcopy(layer).double(), x.double(), cuts)
+    worst = {k: ((got[k] - z).abs().max() / z.abs().max().clamp(min=1e-6)).item() for k, z in want.items()}
+    assert max(worst.values()) < 1e-4, {k: f"{error:.0e}" for k, error in worst.items() if error >= 1e-4}
+
+
+@gpu
+def test_a_whole_layer_with_gates_of_exactly_zero_and_one(launches, monkeypatch):
+    for name in ("alpha", "theta"):
+        monkeypatch.setitem(hope.GATES, name, lambda z: (z + 0.5).clamp(0, 1))
+    layer = memory("hope", adaptive=("k", "eta"))
+    with torch.no_grad():
+        layer.gates["alpha"].bias.zero_()
+    x = torch.randn(1, 16, 10, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for name in ("alpha", "theta"):
+        gate = layer._streams(x, 0)[name]
+        assert (gate == 0).any() and (gate == 1).any() and ((gate > 0) & (gate < 1)).any()
+    assert_layer_agrees({}, 16, (), launches, layer, x)
+
+
+@gpu
+def test_a_whole_layer_whose_every_key_is_the_same(launches):
+    """With large steps: S has entries near 1, so that powers of `between S`, 64 x 64, would grow to 1e18."""
+    layer = memory("hope", d_model=16, chunk=64, chunk_proj=64, adaptive=("v",), conv=0)
+    with torch.no_grad():
+        layer.gates["eta"].bias.fill_(6.0)
+    assert_layer_agrees({}, 64, (), launches, layer, torch.randn(1, 1, 16, device=DEVICE).expand(1, 64, 16))
+
+
+@gpu
+def test_a_whole_layer_leaks_nothing_from_later_tokens_and_other_sequences(launches):
+    layer, x = memory("hope", adaptive=("k", "alpha")), torch.randn(2, 16, 10, device=DEVICE, requires_grad=True)
+    y = layer(x)[0]
+    other = x.detach().clone()
+    other[0, 13:] += 1.0
+    other[1] += 1.0
+    changed = layer(other)[0]
+    assert torch.equal(changed[0, :13], y[0, :13])
+    assert not torch.equal(changed[0, 13:], y[0, 13:]) and not torch.equal(changed[1], y[1])
+    (dx,) = torch.autograd.grad(y[0, :13].square().sum(), x)
+    assert len(launches) == 2 and (dx[0, 13:] == 0).all() and (dx[1] == 0).all() and (dx[0, :13] != 0).any(-1).all()
+
+
+@gpu
+def test_a_whole_layer_gives_the_same_bits_again_whatever_was_in_its_memory(launches, monkeypatch):
+    layer, x = memory("hope", chunk=16, chunk_proj=16, adaptive=("q", "alpha")), torch.randn(1, 32, 10, device=DEVICE)
+    got = layer_and_gradients(layer, x)
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, plain=plain, **named: filled(plain(*args, **named)))
+    again = layer_and_gradients(layer, x)
+    assert len(launches) == 2 and all(torch.equal(z, again[k]) for k, z in got.items())
+
+
+def filled(z):
+    return z.fill_(torch.nan) if z.is_floating_point() else z
+
+
+@gpu
+def test_a_whole_layer_in_one_launch_says_that_it_has_no_second_derivative(launches):
+    layer, x = memory("hope", adaptive=("alpha",)), torch.randn(1, 8, 10, device=DEVICE, requires_grad=True)
+    for one_launch in (True, False):
+        layer.one_launch = one_launch
+        (dx,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=not one_launch)
+        assert len(launches) == 1
+    assert torch.autograd.grad(dx.square().sum(), x)[0].abs().max() > 0
+    layer.one_launch = True
+    with pytest.raises(RuntimeError, match="no second derivative; set one_launch = False"):
+        torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+
+
+@gpu
+@pytest.mark.parametrize("inner_grad", ["first-order", "full"])
+def test_a_model_with_full_inner_gradients_has_no_layer_in_one_launch(inner_grad, launches):
+    small = dict(d_model=16, n_head=1, n_layer=1, vocab_size=11, chunk=4, chunk_proj=4, cms=(hope.INF,), cms_hidden=1)
+    model = hope.Hope(hope.HopeConfig.preset("tiny", **small, inner_grad=inner_grad)).to(DEVICE)
+    model(torch.arange(4, device=DEVICE)[None])
+    assert len(launches) == (inner_grad == "first-order")
+
+
+@gpu
+def test_which_layers_run_in_one_launch():
+    x = torch.zeros(1, device=DEVICE)
+    fits = lambda name="hope", **change: scan.layer_fits(hope.MemoryConfig.preset(name, **change), x)
+    assert [name for name in hope.MemoryConfig.PRESETS if fits(name)] == ["hope"]
+    assert fits(d_model=128, n_head=2, expand=2) and fits(chunk=8, chunk_proj=8)
+    assert not fits(d_model=130, n_head=2) and not fits(d_model=128, n_head=2, expand=3)
+    assert not fits(chunk_proj=8, chunk=16) and not fits(chunk=65, chunk_proj=65) and not fits(value_norm=False)
+    assert not scan.layer_fits(hope.MemoryConfig(), x.double())
+    with torch.no_grad():
+        assert not fits()
+
+
 @gpu
 def test_a_model_generates_the_same_tokens_by_either(monkeypatch):
     """With MLPs that are not written in context: to write them, a prompt is read with gradients, chunk by chunk."""
@@ -336,6 +568,7 @@ def test_newton_schulz_agrees_with_its_reference(shape, monkeypatch):
 @pytest.mark.parametrize("preset, change", [("hope", dict(adaptive=("k", "alpha"))), ("deltanet", {})])
 def test_a_layer_has_the_same_gradients_by_either(preset, change, monkeypatch):
     layer = memory(preset, chunk=16, chunk_proj=16, **change)
+    layer.one_launch = False
     x = torch.randn(1, 18, 10, device=DEVICE)
 
     def run():
