@@ -1022,8 +1022,9 @@ def traffic(operation: Any, args: Sequence, out: Sequence[Tensor]) -> int | None
     """Bytes that the two operations move, None for others: what they are given and give, once; and for every chunk its
     states, which are read and written, on the way back read, where gradients of states are read and written.
 
-    `work` is left out, as if it stayed in a GPU's cache: half a megabyte a program at 64 numbers a head and chunks of
-    64, of which an H100 has 50 for its 132 multiprocessors. That is optimistic.
+    `work` is left out, as if it stayed in a GPU's cache. It is half a megabyte a program with heads of 64 and chunks of
+    64, for 132 multiprocessors of an H100 more than its cache of 50. Were none of it to stay, a chunk of a program with 5
+    memories would move another 4.8 MB forward and 13.6 back: 165 MB a token at 760m, beside 93 of the whole model.
     """
     if operation not in (FORWARD, BACKWARD):
         return None

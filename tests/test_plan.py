@@ -373,6 +373,26 @@ def test_the_plan_says_what_it_assumes_and_refuses_a_damaged_measurement(tmp_pat
     assert train.main(SMALL) == 2 and "gpu.json cannot be used" in capsys.readouterr().err
 
 
+def test_the_plan_says_that_memory_layers_in_one_launch_are_untried(tmp_path, monkeypatch, capsys):
+    """Until they are measured; then it takes their rate."""
+    flags = ["--plan", "--seq-len", "64", "--truncate"]
+    monkeypatch.setattr(plan, "__file__", str(tmp_path / "plan.py"))
+    os.makedirs(tmp_path / "tests/bench")
+    device = plan.Device("card", 6e-6, 2e-6, 3e12, 4e13, 4e14)
+    for measured, choice, untried, rate in (
+        (0.0, "auto", True, "of memory layers at 4e+13"),
+        (5e13, "auto", False, "of memory layers at 5e+13"),
+        (0.0, "reference", False, None),
+    ):
+        path = tmp_path / "tests/bench/gpu.json"
+        path.write_text(json.dumps({"device": asdict(replace(device, layers=measured))}))
+        with kernels.using(choice):
+            assert train.main(flags) == 0
+        out = capsys.readouterr().out
+        assert ("which no GPU has run" in out) == untried and ("memory layers" in out) == bool(rate)
+        assert not rate or rate in out
+
+
 @pytest.mark.parametrize("optimizer", plan.KEPT)
 def test_the_optimizers_step_is_counted_for_every_layer(optimizer):
     config = train.TrainConfig(optimizer=optimizer)
