@@ -975,11 +975,11 @@ def _backward_shapes(inputs, states, grads, *flags):
 
 
 FLAGS = "int chunk, int adaptive, bool l2, bool self_values, bool qk_norm, float hidden_rate"
-operation = partial(torch.library.custom_op, mutates_args=())
-layer_forward = operation(
+as_operation = partial(torch.library.custom_op, mutates_args=())
+layer_forward = as_operation(
     "hope::layer_forward", forward_chunks, schema=f"(Tensor?[] inputs, bool keep, {FLAGS}) -> (Tensor, Tensor)"
 )
-layer_backward = operation(
+layer_backward = as_operation(
     "hope::layer_backward", backward_chunks,
     schema=f"(Tensor?[] inputs, Tensor states, Tensor?[] grads, {FLAGS}) -> Tensor[]",
 )  # fmt: skip
