@@ -640,6 +640,7 @@ def compiled(out: Path, **options: str) -> dict:
 SIZES = set(hope.HopeConfig.SIZES)
 KERNELS = {f"chunk_{name}" for name in ("forward", "states", "backward", "backward_tokens", "backward_gates")}
 KERNELS |= {"memory_scan", "symmetric fp32", "symmetric bf16"}
+LAYER = {"layer_forward": 1536, "layer_backward": 3072}  # bytes a thread that it may spill
 
 
 def assert_compiled(rows: list[dict], targets: str, names: set[str]) -> None:
@@ -653,10 +654,11 @@ def assert_compiled(rows: list[dict], targets: str, names: set[str]) -> None:
 def test_nothing_spills_on_sm_80_and_sm_90_at_any_size(tmp_path):
     """To machine code, by the compiler and tools that Triton brings. One binary serves all sizes: their memories of 32^2
     and 64^2 differ in numbers that kernels are given."""
-    tables = compiled(tmp_path, targets="sm_80,sm_90")
+    tables = compiled(tmp_path, targets="sm_80,sm_90", kernels="chunk,memory,symmetric")
     assert_compiled(tables["occupation"], "sm_80,sm_90", KERNELS)
     assert [row for row in tables["occupation"] if row["spilled"]] == []
-    assert {(row["kernel"], row["size"]) for row in tables["floors"]} == set(itertools.product(KERNELS, SIZES))
+    names = {*KERNELS, *LAYER}
+    assert {(row["kernel"], row["size"]) for row in tables["floors"]} == set(itertools.product(names, SIZES))
     assert all(row["A100 80GB us"] > row["H100 us"] > 0 and row["intensity"] > 0 for row in tables["floors"])
 
 
@@ -664,9 +666,22 @@ def test_nothing_spills_on_sm_80_and_sm_90_at_any_size(tmp_path):
 @pytest.mark.parametrize("target", ["sm_75", "sm_100", "gfx942"])
 def test_every_kernel_compiles_for_the_other_targets_too(target, tmp_path):
     """With 8 spilled bytes at most, but for sm_75, where `auto` takes the reference."""
-    rows = compiled(tmp_path, targets=target)["occupation"]
+    rows = compiled(tmp_path, targets=target, kernels="chunk,memory,symmetric")["occupation"]
     assert_compiled(rows, target, KERNELS)
     assert target == "sm_75" or max(row["spilled"] for row in rows) <= 8
+
+
+SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100", "gfx942")]
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", *SLOW_TARGETS])
+def test_a_layer_in_one_launch_spills_little(target, tmp_path):
+    """Addresses, of the many places that a chunk's tiles have in memory: of all instructions 6% store or load them."""
+    rows = compiled(tmp_path, targets=target, kernels="layer")["occupation"]
+    assert_compiled(rows, target, set(LAYER))
+    for row in rows:
+        assert row["spilled"] <= LAYER[row["kernel"]], row
 
 
 @pytest.mark.slow
@@ -680,12 +695,42 @@ def test_no_other_architecture_spills_either(arch, tmp_path):
     assert [row for row in rows if row["spilled"]] == []
 
 
-@gpu
-def test_kernels_are_faster_than_the_reference_on_a_gpu():
-    """In the interpreter only that the benchmark runs."""
+def benchmark():
+    """The module tests/bench/gpu.py."""
     spec = importlib.util.spec_from_file_location("gpu_bench", ROOT / "tests/bench/gpu.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
+    return bench
+
+
+@gpu
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's programs leave no trace")
+@pytest.mark.parametrize("change", [{}, dict(chunk=32, chunk_proj=32, expand=2, objective="l2", origin="zero")])
+def test_the_table_counts_the_products_that_a_layer_takes(change, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(scan, "precision", lambda device: "ieee")  # one product, not three
+    taken, plain = [], InterpreterBuilder.create_dot
+
+    def counted(self, a, b, *rest):
+        taken.append(2 * a.data.size * b.data.shape[-1])
+        return plain(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    layer = memory("hope", **dict(d_model=16, chunk=16, chunk_proj=16, adaptive=("k", "alpha"), remat=0) | change)
+    m, bench = layer.config, benchmark()
+    of = lambda kernel: bench.cost(kernel, m, m.expand * 16, 16, True, tokens=2 * m.chunk)[1]
+    y = layer(torch.randn(1, 2 * m.chunk, 16))[0]
+    assert sum(taken) == of("layer_forward")
+    taken.clear()
+    y.sum().backward()
+    assert sum(taken) == of("layer_backward")
+
+
+@gpu
+def test_kernels_are_faster_than_the_reference_on_a_gpu():
+    """In the interpreter only that the benchmark runs."""
+    bench = benchmark()
     if DEVICE == "cpu":
         small = {"small": hope.MemoryConfig(d_model=4, n_head=1, chunk=4, chunk_proj=4, adaptive=("k",))}
         fast, plain = bench.timings(small, 1, 5, DEVICE, lambda run: (run(), 1.0)[1])

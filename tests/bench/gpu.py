@@ -2,7 +2,7 @@
 step takes, by parts of a layer; and on a GPU, what is so (--measure, see measure.py).
 
     python tests/bench/gpu.py [--targets sm_75,sm_80,sm_90,sm_100,gfx942] [--sizes tiny,760m] [--arch hope]
-        [--kernels chunk,memory_scan,symmetric] [--out DIR] [--gpu]
+        [--kernels chunk,memory_scan,layer,symmetric] [--out DIR] [--gpu]
     python tests/bench/gpu.py --counts [--sizes 760m] [--arch hope]
     python tests/bench/gpu.py --measure [--dry] [--groups rates,kernels,...] [--out DIR]
 
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -31,6 +32,7 @@ from triton.compiler import ASTSource
 
 import hope
 import kernels
+import scan
 
 TARGETS = {
     **{f"sm_{a}": GPUTarget("cuda", a, 32) for a in (75, 80, 90, 100)},
@@ -85,6 +87,30 @@ def scan_call(m: hope.MemoryConfig, precision: str):
     return "memory_scan", fn, arguments(fn, none, constants), constants["BE"] // 16, 1
 
 
+def layer_calls(m: hope.MemoryConfig, precision: str):
+    """The launches of a whole layer and of its backward pass, if it is of a kind that has them on a GPU."""
+    with patch.object(scan, "uses_triton", lambda z: True):
+        if not scan.layer_fits(m, torch.zeros(1)):
+            return
+    n, e = len(m.adaptive), m.d_head
+    has = dict(u=(1, n, e), k=(1, e), v=(1, e), q=(1, e), eta=(1,), alpha=(1,), theta=(1,), W2=(1, m.expand * e, e))
+    inputs = [None if k in m.adaptive or k not in has else torch.zeros(1, 1, *has[k]) for k in scan.INPUTS]
+    inputs[0] = inputs[0] if n else None
+    flags = m.objective == "l2", m.self_values, m.qk_norm, m.hidden_rate
+    _, constants, _ = scan._launched(inputs, m.chunk, n, *flags)
+    none = set() if m.origin == "start" else {"S2", "dS2"}
+    none |= set() if m.self_values else {"scale", "d_scale"}
+    none |= set() if n else {"u", "du"}
+    for name in "kvq":
+        none |= {name, f"d{name}"} if name in m.adaptive else set()
+    for name in ("eta", "alpha"):
+        read_outs = {f"{d}{name}_{part}" for d in ("", "d_") for part in ("read", "bias")}
+        none |= {name, f"d_{name}"} if name in m.adaptive else read_outs
+    for name, fn in (("forward", scan._layer_forward), ("backward", scan._layer_backward_chunks)):
+        args = arguments(fn, none, constants | dict(PRECISION=precision))
+        yield f"layer_{name}", fn, args, constants["num_warps"], constants["num_stages"]
+
+
 def newton_schulz_calls(precision: str):
     for dtype, p in (("fp32", precision), ("bf16", "half")):
         args = dict(X=f"*{dtype}", C=f"*{dtype}", Y=f"*{dtype}", M="i32", K="i32", beta="fp32", alpha="fp32")
@@ -94,8 +120,9 @@ def newton_schulz_calls(precision: str):
 
 def arguments(fn, none: set, constants: dict) -> dict:
     """Of a kernel: constants, None, int32 for numbers, and pointers to float32, or int64 for `at`."""
-    numbers = "c blocks memories readers O I E H t0 length heads adaptive u_next u_row x_row d_row k_row v_row q_row"
-    args = {k: "i32" if k in numbers.split() else "*i64" if k == "at" else "*fp32" for k in fn.arg_names}
+    numbers = "c blocks chunks slots memories readers O I E H t0 length heads adaptive u_next work_size".split()
+    number = lambda k: k in numbers or k.endswith("_row")
+    args = {k: "i32" if number(k) else "*i64" if k == "at" else "*fp32" for k in fn.arg_names}
     constant = {fn.arg_names[n] for n in fn.constexprs}
     return {k: constants[k] if k in constant else None if k in none else v for k, v in args.items()}
 
@@ -106,7 +133,9 @@ def build(fn, args: dict, warps: int, stages: int, target: str) -> dict:
     signature = {k: kind(k, v) for k, v in args.items()}
     constants = {k: v for k, v in args.items() if signature[k] == "constexpr"}
     even = lambda k: (
-        signature[k].startswith("*") or signature[k] == "i32" and (k in "OIEH" or k.endswith(("_row", "_next")))
+        signature[k].startswith("*")
+        or signature[k] == "i32"
+        and (k in "OIEH" or k.endswith(("_row", "_next", "_size")))
     )  # as they are at every size
     aligned = {(n,): [["tt.divisibility", 16]] for n, k in enumerate(args) if even(k)}
     source = ASTSource(fn, signature, constants, aligned)
@@ -159,9 +188,29 @@ def cost(kernel: str, m: hope.MemoryConfig, o: int, i: int, read: bool, tokens: 
         per_layer = state * (1 + d) + d * pairs
         macs = o * i * layers * (len(m.adaptive) + n * (1 + m.self_values)) + n * (layers - 1) * o * i
         macs += n * layers * per_layer + (m.read != "chunk") * layers * (state + pairs)
+    elif kernel in ("layer_forward", "layer_backward"):  # likewise
+        return layer_cost(kernel, m, o, i, tokens)
     else:
         raise ValueError(f"no kernel {kernel}")
     return 4.0 * numbers, 2.0 * c * macs
+
+
+def layer_cost(kernel: str, m: hope.MemoryConfig, H: int, E: int, tokens: int) -> tuple[float, float]:
+    """`cost` of a whole layer, or of its backward pass from the states of all chunks; work is in the cache."""
+    n, read, c = 1 + len(m.adaptive), len(m.adaptive), m.chunk
+    start, states = m.origin == "start", 4 * n * H * E
+    inputs = (read if m.own_input else min(read, 1)) + sum(name not in m.adaptive for name in "kvq")
+    # Multiplications a token: a product with a memory's matrix is E H, with scores c E or c H, of gates or scores c c.
+    inverse = (0 if c <= 16 else 2 if c <= 32 else 4) * c * c  # products that `scan._scores` takes
+    writes = (6 + start + 2 * m.self_values) * E * H + c * (2 * E + 3 * H) + inverse
+    begins = 2 * read * E * H + c * E + inverse + c * c
+    if kernel == "layer_forward":
+        macs = begins + n * (writes + 4 * E * H) + (4 + start) * E * H + 3 * c * (E + H)
+        return 4.0 * (2 * states + tokens * (inputs + 1) * E), 2.0 * tokens * macs
+    per_memory = writes + (21 + start + 2 * (m.objective == "l2") + 6 * m.self_values) * E * H + 6 * c * (E + H)
+    of_reads = (10 + 4 * start) * E * H + c * (9 * E + 10 * H)
+    macs = begins + n * per_memory + of_reads + 6 * read * E * H + 5 * c * c
+    return 4.0 * (states * (2 + tokens / c) + tokens * (2 * inputs + 1) * E), 2.0 * tokens * macs
 
 
 def occupation(targets: list[str], sizes: list[str], arch: str, names: tuple[str, ...]) -> list[dict]:
@@ -174,6 +223,7 @@ def occupation(targets: list[str], sizes: list[str], arch: str, names: tuple[str
             m = hope.HopeConfig.preset(size, arch).memory
             launches = [(call, f"{o}x{i}") for o, i in shapes(m) for call in calls(m, o, i, precision)]
             launches += [(scan_call(m, precision), f"{m.d_head}x{m.d_head}")]
+            launches += [(call, f"{m.d_head}x{m.d_head}") for call in layer_calls(m, precision)]
             launches += [(call, "any") for call in newton_schulz_calls(precision)]
             for (name, fn, args, warps, stages), memory in launches:
                 of = found.setdefault(repr((name, args, warps)), ((name, fn, args, warps, stages), set(), set()))
@@ -209,6 +259,9 @@ def floors(sizes: list[str], batch: int = 8, tokens: int = 2048) -> list[dict]:
             add(f"chunk_{name}", size, moved, 3 * flops, 1)  # three TF32 products for one in float32
         moved, flops = (batch * m.n_head * z for z in cost("memory_scan", m, *shapes(m)[0], True, tokens))
         add("memory_scan", size, moved, 3 * flops, 1)
+        for name, *_ in layer_calls(m, "tf32x3"):
+            moved, flops = (batch * m.n_head * z for z in cost(name, m, *shapes(m)[0], True, tokens))
+            add(name, size, moved, 3 * flops, 1)
         d, tiles = m.d_model, -(-m.d_model // 64)
         flops = 2.0 * tiles * (tiles + 1) / 2 * 64 * 64 * d
         add("symmetric fp32", size, 4 * 3 * d * d, 3 * flops, 1)
