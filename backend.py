@@ -1,7 +1,8 @@
 """Which code runs the loops of kernels.py: Triton on GPUs, plain PyTorch elsewhere; and Triton itself, if it is there.
 
     uses_triton       what runs for a tensor; `using` changes it for a while, the environment's HOPE_KERNELS for good
-    chunks_by_triton  the same for a chunk, where it may have been measured that plain PyTorch is faster
+    chunks_by_triton  the same for a chunk, and layers_by_triton for a layer, where others may be faster, as measured
+    foreseen_on_gpu   for tensors without numbers: layers as a GPU has them
     suits, scans      whether it can, for given tensors; `fall_back` warns, once, where plain PyTorch runs after all
     precision         how products are computed
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 try:
     import triton
@@ -31,14 +33,23 @@ except ImportError:  # not for this platform: the reference does everything
     jit = constexpr = lambda z: z
 
 CHOICES = "auto", "reference", "triton"
+# In tests/bench/gpu.json: the ways beside "triton", in float32; by group, the kernel that was checked.
+OTHERS = "chunks", "reference", "compiled"
+CHECKED = {"chunk": "dgd_chunk", "layer": "memory_layer"}
+
+
+def chosen() -> str:
+    """The environment's HOPE_KERNELS; ValueError unless it is one of CHOICES."""
+    choice = os.environ.get("HOPE_KERNELS") or "auto"
+    if choice not in CHOICES:
+        raise ValueError(f"HOPE_KERNELS is {choice!r}; allowed: {', '.join(CHOICES)}; unset it for auto")
+    return choice
 
 
 def uses_triton(z: Tensor) -> bool:
     """Whether the Triton kernels run for tensors on z's device, as the environment's HOPE_KERNELS says: "auto" (Triton
     on GPUs), "reference" or "triton". ValueError for anything else, RuntimeError for "triton" where it can't run."""
-    choice = os.environ.get("HOPE_KERNELS") or "auto"
-    if choice not in CHOICES:
-        raise ValueError(f"HOPE_KERNELS is {choice!r}; allowed: {', '.join(CHOICES)}; unset it for auto")
+    choice = chosen()
     if choice == "triton" and triton is None:
         raise RuntimeError("HOPE_KERNELS is triton, which is not installed; `pip install triton`, or set it to auto")
     if choice == "triton" and not z.is_cuda and not os.environ.get("TRITON_INTERPRET"):
@@ -51,23 +62,53 @@ def uses_triton(z: Tensor) -> bool:
 
 def chunks_by_triton(z: Tensor) -> bool:
     """Whether Triton runs `dgd_chunk` for tensors on z's device: where `uses_triton`, unless nothing forces it and
-    tests/bench/gpu.json says that plain PyTorch is faster on this GPU (`python tests/bench/gpu.py --measure`)."""
-    if not uses_triton(z) or not z.is_cuda or os.environ.get("HOPE_KERNELS") == "triton":
-        return uses_triton(z)
-    return torch.cuda.get_device_name(z.device) not in slow_at_chunks()
+    tests/bench/gpu.json says that others are faster on this GPU (`python tests/bench/gpu.py --measure`)."""
+    return uses_triton(z) and not (may_be_slow(z) and torch.cuda.get_device_name(z.device) in slow_at("chunk"))
+
+
+def layers_by_triton(z: Tensor) -> bool:
+    """The same for `scan.memory_layer`, and within `foreseen_on_gpu` for tensors without numbers."""
+    if foreseen and (z.is_meta or isinstance(z, FakeTensor)):
+        return chosen() == "triton" or chosen() == "auto" and not slow_at("layer")
+    return uses_triton(z) and not (may_be_slow(z) and torch.cuda.get_device_name(z.device) in slow_at("layer"))
+
+
+def may_be_slow(z: Tensor) -> bool:
+    return z.is_cuda and chosen() != "triton"
 
 
 @lru_cache(maxsize=None)
-def slow_at_chunks() -> list[str]:
-    """The GPU that was measured, if there Triton takes longer for a chunk and its backward pass than the reference in
-    the same precision, at the largest batch that was measured."""
+def slow_at(group: str) -> list[str]:
+    """The GPU that was measured, if there Triton is wrong in what this group times, or fails, or takes longer for it and
+    its backward pass than the fastest other way in the same precision, at the largest batch that was measured of both."""
     path = Path(__file__).with_name("tests") / "bench" / "gpu.json"
     found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    rows = [row for row in found["rows"].get("chunk", []) if "failed" not in row]
-    times = {(row["how"], row["batch"]): row["forward_us"] + row["backward_us"] for row in rows}
-    both = [batch for how, batch in times if how == "triton" and ("reference", batch) in times]
-    slow = both and times["triton", max(both)] > times["reference", max(both)]
-    return [found["device"]["name"]] if slow else []
+    ours, others = {}, {}  # batch -> us
+    for row in found["rows"].get(group, []):
+        if "forward_us" in row and row["how"] in ("triton", *OTHERS):
+            of, us = ours if row["how"] == "triton" else others, row["forward_us"] + row["backward_us"]
+            of[row["batch"]] = min(us, of.get(row["batch"], us))
+    both = ours.keys() & others.keys()
+    slow = ours[max(both)] > others[max(both)] if both else bool(others)
+    for row in found["rows"].get("kernels", []):
+        if row.get("kernel", "").startswith(CHECKED[group]):
+            slow |= not (row["right"] and row["same_bits"])
+    return [found["device"]["name"]] if slow and "device" in found else []
+
+
+foreseen = False
+
+
+@contextmanager
+def foreseen_on_gpu() -> Iterator[None]:
+    """For as long as it lasts, tensors without numbers (fake, or on meta) take `scan.memory_layer` for layers that it
+    fits, as tensors on a GPU would, unless HOPE_KERNELS is "reference". All else is for them as on a CPU."""
+    global foreseen
+    before, foreseen = foreseen, True
+    try:
+        yield
+    finally:
+        foreseen = before
 
 
 @contextmanager

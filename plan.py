@@ -15,6 +15,7 @@ import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from torch.utils.flop_counter import flop_registry
 
 import graphs
 import hope
+import scan
+from backend import foreseen_on_gpu
 from data import UserError, asked_size, explained, make_tokenizer, prepare, task_of
 from hope import Hope, HopeConfig
 
@@ -49,6 +52,7 @@ class Device:
     bandwidth: float
     float32: float
     bfloat16: float
+    layers: float = 0.0  # of `scan.memory_layer`, where a product waits for the one before; 0: not measured, as float32
     view: float = 0.0  # of an operation that only looks at a tensor in another way, which the processor makes alone
     matrix: float = 0.0  # of every matrix of a batch of products, beyond its arithmetic
     cached: float = 0.0  # bytes a second of operations that move less than `cache` bytes; 0: as any other
@@ -75,7 +79,8 @@ class Cost(NamedTuple):
     views: float = 0.0
     moved: float = 0.0  # bytes that operations read and write
     float32: float = 0.0  # arithmetic, a multiply and an add as two: of matrix products and attention, what is
-    bfloat16: float = 0.0  # recomputed as often as it is computed
+    bfloat16: float = 0.0  # recomputed as often as it is computed;
+    layers: float = 0.0  # of `scan.memory_layer`
     by_bytes: float = 0.0  # seconds of the device for operations that are as long as their bytes take, by
     by_arithmetic: float = 0.0  # their arithmetic,
     by_least: float = 0.0  # and by neither: for these `Device.least`
@@ -165,7 +170,8 @@ class Meter(TorchDispatchMode):
         return self.last
 
     def add_operation(self, sums: dict[str, float], func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        flops, moved, device = 0, numel_bytes((args, kwargs, out)), self.device
+        flops, device, layer = 0, self.device, scan.traffic(func.overloadpacket, args, out)
+        moved = layer or numel_bytes((args, kwargs, out))
         if count := flop_registry.get(func.overloadpacket):
             flops = count(*args, **kwargs, out_val=out)
         elif "attention_for_cpu" in func.name():  # which the table lacks
@@ -174,12 +180,13 @@ class Meter(TorchDispatchMode):
         elif func.overloadpacket is torch.ops.aten.linalg_solve_triangular:  # nor these
             flops = args[1].numel() * args[0].shape[-1]
         low = flops and next(t for t in tree_leaves(out) if isinstance(t, Tensor)).dtype.itemsize == 2
-        sums["bfloat16" if low else "float32"] += flops
+        kind = "layers" if layer else "bfloat16" if low else "float32"
+        sums[kind] += flops
         sums["launches"], sums["moved"] = sums["launches"] + 1, sums["moved"] + moved
         batch = args[0].shape[0] if func.overloadpacket is torch.ops.aten.bmm else 0
         rate = device.cached if moved < device.cache else device.bandwidth
         times = {"by_bytes": moved / rate, "by_least": device.least}
-        times["by_arithmetic"] = flops / (device.bfloat16 if low else device.float32) + batch * device.matrix
+        times["by_arithmetic"] = flops / (getattr(device, kind) or device.float32) + batch * device.matrix
         longest = max(times, key=times.get)
         sums[longest] += times[longest]
 
@@ -211,13 +218,15 @@ class Meter(TorchDispatchMode):
 def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, dtype: torch.dtype) -> dict[str, Cost]:
     """One micro-batch of (rows, t) tokens, forward and backward, by parts: tensors have shapes but no numbers.
 
-    Of the memories' chunks it is the plain form that is counted.
+    For a GPU whole chunks are counted as `scan.memory_layer` runs them, an operation for a layer, unless HOPE_KERNELS is
+    "reference"; for `Device.alone`, and where that does not fit, the plain form, operation by operation.
     """
-    with FakeTensorMode():
+    device = Device.known()
+    with FakeTensorMode(), nullcontext() if device.alone else foreseen_on_gpu():
         model = Hope(model_config)
         model.recompute = config.recompute
         tokens = torch.zeros(rows, t, dtype=torch.long)
-        with Meter(Device.known()) as meter:
+        with Meter(device) as meter:
             meter.watch(model)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 how = dict(backward=config.truncate, truncate=config.truncate)
@@ -355,7 +364,8 @@ def print_plan(config: TrainConfig, model_config: HopeConfig, command: Command, 
         parts = (weights, gradients, buffers, state, max(0.0, peak - state - 4 * size), weights + buffers + most)
         print(f"{name:<12}" + "".join(f"{x / 1e9:>12.3f}" for x in parts))
     step = config.batch_size * config.seq_len
-    tokens, flops = command.tokens or config.steps * step, (cost.float32 + cost.bfloat16) / (rows * config.seq_len)
+    tokens = command.tokens or config.steps * step
+    flops = (cost.float32 + cost.bfloat16 + cost.layers) / (rows * config.seq_len)
     steps = f"{tokens:.3g} tokens are {tokens / step:,.0f} steps"
     print(f"\n{flops:.3g} operations a token, {flops / 6 / size:.2f} x 6 per parameter; {steps}")
     if config.capture:
@@ -376,10 +386,11 @@ def print_time(cost: Cost, device: Device, micro_batch: int) -> None:
     """How long a micro-batch of so many tokens takes, and what takes longest in it: to give the device its operations,
     or these themselves. What processes exchange once a step is left out."""
     known = "measured" if device.measured else "assumed; tests/bench/gpu.json may hold what was measured"
+    layers = f", {cost.layers:.3g} of memory layers at {device.layers or device.float32:.3g}" if cost.layers else ""
     parts = {
         "bytes": (cost.by_bytes, f"of {cost.moved:.3g} at {device.bandwidth:.3g} a second"),
         "arithmetic": (cost.by_arithmetic, f"of {cost.float32:.3g} in float32 at {device.float32:.3g} a second, "
-                                           f"{cost.bfloat16:.3g} in bfloat16 at {device.bfloat16:.3g}"),
+                                           f"{cost.bfloat16:.3g} in bfloat16 at {device.bfloat16:.3g}{layers}"),
         "least": (cost.by_least, f"for operations too small for either to count, {1e6 * device.least:.3g} us each"),
     }  # fmt: skip
     views = f", {cost.views:,.0f} views of {1e6 * device.view:.3g} us" if device.view else ""
@@ -387,6 +398,9 @@ def print_time(cost: Cost, device: Device, micro_batch: int) -> None:
     work = "operation by operation, the larger of bytes and arithmetic:"
     mark = "  <- what takes longest"
     print(f"\na micro-batch of {micro_batch:,} tokens on a {device.name} ({known})")
+    if cost.layers and not device.layers:
+        print("  memory layers in one launch, by scan.py, which no GPU has run: at the rate of float32, as a guess, and with")
+        print("  what programs keep for a chunk in the cache; HOPE_KERNELS=reference counts them operation by operation")
     print(f"  {'launches':<13}{cost.given(device):>9.3g} s  {given}{mark * (cost.given(device) > cost.work())}")
     print(f"  {'work':<13}{cost.work():>9.3g} s  {work}{mark * (cost.given(device) <= cost.work())}")
     for name, (seconds, how) in parts.items():

@@ -18,15 +18,29 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from backend import constexpr, jit, on_device, precision, tl, uses_triton
+from backend import constexpr, jit, layers_by_triton, on_device, precision, tl
 from kernels import (
-    EPS, _begins, _dot, _GateGradients, _gates, _gates_backward, _matrix, _normalized, _softplus, _steps,
-    _store_matrix, _store_tokens, _Stream, _tokens,
+    EPS,
+    _begins,
+    _dot,
+    _GateGradients,
+    _gates,
+    _gates_backward,
+    _matrix,
+    _normalized,
+    _softplus,
+    _steps,
+    _store_matrix,
+    _store_tokens,
+    _Stream,
+    _tokens,
 )  # fmt: skip
 
 # What a program keeps in `work`: LINES (C,), SQUARES (C, C), then tiles of tokens, see `_Chunk`. Lines and squares are of
@@ -823,7 +837,7 @@ def _chunk_gates_backward(c, theta, CHUNK: tl.constexpr, C: tl.constexpr, PRECIS
 
 def layer_fits(c: Any, x: Tensor) -> bool:
     """Whether `memory_layer` computes a layer of these settings (a `hope.MemoryConfig`) for streams like x."""
-    if not torch.is_grad_enabled() or x.dtype == torch.float64 or not uses_triton(x):
+    if not torch.is_grad_enabled() or x.dtype == torch.float64 or not layers_by_triton(x):
         return False
     learns = (c.depth, c.rule, c.step, c.beta, c.momentum, c.decay_first) == (2, "dgd", "exact", 1, True, False)
     reads = c.read == "token" and not c.memory_norm and (c.value_norm or not c.self_values)
@@ -833,6 +847,8 @@ def layer_fits(c: Any, x: Tensor) -> bool:
 
 # Whatever a gradient may be wanted of, in the order of `_LayerFunction`'s inputs. The first seven are streams.
 INPUTS = "u k v q eta alpha theta W2 W1 m2 m1 start scale eta_read eta_bias alpha_read alpha_bias".split()
+STATES = range(7, 11)  # of them
+WARPS = 8  # of a program with chunks of 33 to 64 tokens; shorter ones have 4
 
 
 def memory_layer(
@@ -859,12 +875,12 @@ def memory_layer(
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flags, keep, *inputs):
-        Y, states = forward_chunks(inputs, keep, *flags)
+        Y, states = layer_forward(inputs, keep, *flags)
         ctx.flags = flags
         ctx.save_for_backward(*inputs, states if keep else None)
         ctx.set_materialize_grads(False)
         end = states[-1] if keep else states[Y.shape[2] // flags[0] % 2].clone()
-        return Y, *(z.view(inputs[k].shape) for z, k in zip(end, (7, 8, 9, 10)))
+        return Y, *(z.view(inputs[k].shape) for z, k in zip(end, STATES))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -874,9 +890,11 @@ class _LayerFunction(torch.autograd.Function):
                 "a memory layer in one launch has no second derivative; set one_launch = False of the Memory"
             )
         if states is None:
-            states = forward_chunks(inputs, True, *ctx.flags)[1]
-        made = iter(backward_chunks(inputs, states, grads, *ctx.flags))
-        return None, None, *(None if z is None else next(made) for z in inputs)
+            states = layer_forward(inputs, True, *ctx.flags)[1]
+        *made, d_states = layer_backward(inputs, states, grads, *ctx.flags)
+        of = {k: z.view(inputs[k].shape) for k, z in zip(STATES, d_states)}
+        made = iter(made)
+        return None, None, *(None if z is None else of[k] if k in of else next(made) for k, z in enumerate(inputs))
 
 
 def _launched(inputs: Sequence[Tensor | None], chunk: int, adaptive: int, l2: bool, self_values: bool, qk_norm: bool,
@@ -895,26 +913,25 @@ def _launched(inputs: Sequence[Tensor | None], chunk: int, adaptive: int, l2: bo
         heads=h, memories=n, adaptive=adaptive, u_next=0 if u is None or u.shape[3] == 1 else u.stride(3), **rows,
         work_size=work_size, E=E, H=H, CHUNK=chunk, L2=l2, SELF_VALUES=self_values, QK_NORM=qk_norm,
         HIDDEN_RATE=hidden_rate, C=C, BE=tile(E), BH=tile(H), PRECISION=precision(at.device),
-        num_warps=8 if C == 64 else 4, num_stages=1,
+        num_warps=WARPS if C == 64 else 4, num_stages=1,
     )  # fmt: skip
     return [*streams, at], sizes, inputs[7].new_empty(b * h, work_size)
 
 
 def forward_chunks(inputs, keep, *flags):
-    b, h, n, H, E = inputs[7].shape
-    s = inputs[6].shape[2]
-    chunks = s // flags[0]
-    slots = chunks + 1 if keep else 2
+    """Y (b, h, s, e) and `_layer_forward`'s states, (slots, 4, b, h, n, H e), all of them or two."""
+    Y, states = _forward_shapes(inputs, keep, *flags)
+    b, h, s, _ = Y.shape
     streams, sizes, work = _launched(inputs, *flags)
-    states, Y = work.new_empty(slots, 4, b, h, n, H * E), work.new_empty(b, h, s, E)
-    torch.stack([z.reshape(b, h, n, H * E) for z in inputs[7:11]], out=states[0])
+    torch.stack([z.reshape(states.shape[2:]) for z in inputs[7:11]], out=states[0])
     rest = [None if z is None else z.contiguous() for z in inputs[11:]]
     with on_device(work.device):
-        _layer_forward[(b * h,)](*streams, states, *rest, Y, work, chunks, slots, **sizes)
+        _layer_forward[(b * h,)](*streams, states, *rest, Y, work, s // flags[0], len(states), **sizes)
     return Y, states
 
 
 def backward_chunks(inputs, states, grads, *flags):
+    """Gradients of the inputs that there are, those of the four states last and as one, (4, b, h, n, H e)."""
     b, h, n, H, E = inputs[7].shape
     adaptive = flags[1]
     streams, sizes, work = _launched(inputs, *flags)
@@ -935,5 +952,83 @@ def backward_chunks(inputs, states, grads, *flags):
         )
     if u is not None and u.shape[3] == 1:
         d_streams[0] = d_streams[0].sum(3, keepdim=True)
-    shaped = [z.view(like.shape) for z, like in zip(d_states, inputs[7:11])]
-    return [z for z in (*d_streams, *shaped, *(None if z is None else z.sum(0) for z in parts)) if z is not None]
+    made = (*d_streams, *(None if z is None else z.sum(0) for z in parts), d_states)
+    return [z for z in made if z is not None]
+
+
+# ---- As operations of PyTorch's: each is one, with a shape and a cost, for tensors without numbers as well ----
+
+
+def _forward_shapes(inputs, keep, chunk, *flags):
+    b, h, n, H, E = inputs[7].shape
+    s = inputs[6].shape[2]
+    new = inputs[7].new_empty
+    return new(b, h, s, E), new(s // chunk + 1 if keep else 2, 4, b, h, n, H * E)
+
+
+def _backward_shapes(inputs, states, grads, *flags):
+    others = [z for k, z in enumerate(inputs) if z is not None and k not in STATES]
+    return [*(z.new_empty(z.shape) for z in others), states.new_empty(states.shape[1:])]
+
+
+FLAGS = "int chunk, int adaptive, bool l2, bool self_values, bool qk_norm, float hidden_rate"
+operation = partial(torch.library.custom_op, mutates_args=())
+layer_forward = operation(
+    "hope::layer_forward", forward_chunks, schema=f"(Tensor?[] inputs, bool keep, {FLAGS}) -> (Tensor, Tensor)"
+)
+layer_backward = operation(
+    "hope::layer_backward", backward_chunks,
+    schema=f"(Tensor?[] inputs, Tensor states, Tensor?[] grads, {FLAGS}) -> Tensor[]",
+)  # fmt: skip
+layer_forward.register_fake(_forward_shapes)
+layer_backward.register_fake(_backward_shapes)
+FORWARD, BACKWARD = torch.ops.hope.layer_forward, torch.ops.hope.layer_backward
+
+
+def _products(shapes: Sequence, chunk: int, adaptive: int, l2: bool, self_values: bool) -> tuple[int, int]:
+    """Multiplications in the products of a program's chunk, forward and backward, for shapes of `INPUTS`."""
+    n, H, E = shapes[7][2:]
+    start, reads = shapes[11] is not None, adaptive * (shapes[0] is not None)
+    matrix, square, cube = E * H * chunk, chunk * chunk, chunk**3  # of a matrix, of scores, with a tile; of gates
+    inverse = 2 * ((chunk > 16) + (chunk > 32)) * cube
+    begin = 2 * reads * matrix + square * E + inverse + cube
+    layers = (6 + start + 2 * self_values) * matrix + square * (2 * E + 3 * H) + inverse
+    read_hidden = (2 + start) * matrix + square * (E + 2 * H)
+    read = read_hidden + 2 * matrix + square * (2 * E + H)
+    forward = begin + n * (layers + 4 * matrix) + read
+    # On the way back layers are computed again, and of what is read the hidden layer.
+    back = (21 + start + 2 * l2 + 6 * self_values) * matrix + 6 * square * (E + H)
+    read_back = read_hidden + (8 + 3 * start) * matrix + 8 * square * (E + H)
+    backward = begin + n * (layers + back) + read_back + 6 * reads * matrix + 5 * cube
+    return forward, backward
+
+
+@register_flop_formula(FORWARD)
+def _(inputs, keep, chunk, adaptive, l2, self_values, *flags, out_shape=None):
+    b, h, s = inputs[6]
+    return 2 * b * h * (s // chunk) * _products(inputs, chunk, adaptive, l2, self_values)[0]
+
+
+@register_flop_formula(BACKWARD)
+def _(inputs, states, grads, chunk, adaptive, l2, self_values, *flags, out_shape=None):
+    b, h, s = inputs[6]
+    return 2 * b * h * (s // chunk) * _products(inputs, chunk, adaptive, l2, self_values)[1]
+
+
+def traffic(operation: Any, args: Sequence, out: Sequence[Tensor]) -> int | None:
+    """Bytes that the two operations move, None for others: what they are given and give, once; and for every chunk its
+    states, which are read and written, on the way back read, where gradients of states are read and written.
+
+    `work` is left out, as if it stayed in a GPU's cache: half a megabyte a program at 64 numbers a head and chunks of
+    64, of which an H100 has 50 for its 132 multiprocessors. That is optimistic.
+    """
+    if operation not in (FORWARD, BACKWARD):
+        return None
+    size = lambda tensors: sum(z.numel() * z.element_size() for z in tensors if z is not None)
+    inputs, back = args[0], operation is BACKWARD
+    b, _, s = inputs[6].shape
+    chunks, states = s // args[3 if back else 2], size(inputs[7:11])
+    shared = size(inputs) - states
+    if back:
+        return shared + size(args[2]) + size(out) + chunks * (3 * states + 2 * b * size(inputs[11:12]))
+    return shared + size(out[:1]) + (2 + 2 * chunks) * states

@@ -186,12 +186,12 @@ def test_a_gpu_takes_for_chunks_what_was_faster_when_it_was_measured(tmp_path, m
     monkeypatch.setattr(backend, "uses_triton", lambda z: True)
     on_gpu = lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     z = SimpleNamespace(is_cuda=True, device="cuda")
-    backend.slow_at_chunks.cache_clear()
+    backend.slow_at.cache_clear()
     for name, choice, expected in (("This GPU", "", faster), ("Another", "", True), ("This GPU", "triton", True)):
         on_gpu(name)
         monkeypatch.setenv("HOPE_KERNELS", choice)
         assert backend.chunks_by_triton(z) == expected
-    backend.slow_at_chunks.cache_clear()
+    backend.slow_at.cache_clear()
 
 
 # c = 19 and 20 x 18 memories: two blocks of tokens, of rows and tiles of the width, and all of them ragged.

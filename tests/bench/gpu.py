@@ -10,7 +10,8 @@ Compiles every kernel at the shapes that every `--size` has and prints two table
 thread spills to, shared memory and estimated occupancy of each; and bytes, FLOPs, their ratio and the least time on an
 A100 and an H100. With --out they are also written to DIR as kernels.json. With --gpu the kernels run and are timed beside
 the reference. Needs triton, and TRITON_INTERPRET unset. With --counts it prints instead, for every size, how many launches,
-bytes and operations a token takes in training, by part of the model (4,096 tokens, micro-batch 8, --truncate).
+bytes and operations a token takes in training, by part of the model (4,096 tokens, micro-batch 8, --truncate), with
+memory layers in one launch (scan.py); HOPE_KERNELS=reference counts them operation by operation.
 """
 
 from __future__ import annotations
@@ -318,6 +319,7 @@ def counts(sizes: list[str], arch: str, tokens: int = 4096, batch: int = 8) -> l
         for part, cost in (parts | {"all": plan.total(parts.values())}).items():
             row = dict(size=size, part=part, launches=cost.launches, MB=cost.moved / 1e6)
             row |= {"MFLOP float32": cost.float32 / 1e6, "MFLOP bfloat16": cost.bfloat16 / 1e6}
+            row["MFLOP memory layers"] = cost.layers / 1e6
             rows.append({k: v if isinstance(v, str) else v / (tokens * batch) for k, v in row.items()})
             print_row(rows[-1], tuple(rows[-1]))
     return rows

@@ -10,6 +10,7 @@ safetensors and tqdm.
 
     rates      launches, views, bandwidth, matrix products: the constants of --plan
     kernels    every Triton kernel against float64, and 30 repeats bit for bit
+    layer      a layer in one launch, by chunks, the reference, the compiled reference; its rate, for --plan
     chunk      a chunk of a layer's memories: Triton, the reference, the compiled reference, by batch
     segment    a segment of training as configured and with the clocks of small sizes, by layers
     graphs     the same as a CUDA graph (--dry: what would be recorded, run again), beside itself without
@@ -29,7 +30,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,12 @@ import graphs
 import hope
 import kernels
 import plan
+import scan
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = {"rates": 60, "kernels": 120, "chunk": 110, "segment": 110, "graphs": 80, "layers": 80, "train": 90}  # seconds
+LIMITS = {  # seconds
+    "rates": 60, "kernels": 180, "layer": 200, "chunk": 90, "segment": 110, "graphs": 80, "layers": 80, "train": 90,
+}  # fmt: skip
 WHOLE = 560.0
 
 Row = dict[str, Any]
@@ -141,15 +147,9 @@ def rates(bench: Bench) -> Iterator[Row]:
     # Products in float32 are the memories' small ones, in bfloat16 those of the weights.
     small_d, large_d = (16, 64) if bench.dry else (64, 4096)
     device = plan.Device(
-        bench.name,
-        launch,
-        least,
-        bandwidth,
-        found["float32", small_d],
-        found["bfloat16", large_d],
-        max(0.0, view),
-        bench.dry,
-    )
+        bench.name, launch, least, bandwidth, found["float32", small_d], found["bfloat16", large_d],
+        view=max(0.0, view), alone=bench.dry,
+    )  # fmt: skip
     yield dict(what="device", **asdict(device))
 
 
@@ -165,7 +165,7 @@ def kernel_calls(bench: Bench) -> Iterator[tuple[str, Callable[[str, torch.dtype
             out = kernels.dgd_chunk(**args, ema=True, readers=1)
             return [*out, *torch.autograd.grad(out, list(args.values()), [torch.ones_like(z) for z in out])]
 
-    def scan(choice: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    def memory_scan(choice: str, dtype: torch.dtype) -> list[torch.Tensor]:
         torch.manual_seed(0)
         config = replace(m, d_model=e, n_head=1, chunk=8, chunk_proj=8) if bench.dry else m
         layer = hope.Memory(config).to(bench.device, dtype)
@@ -181,7 +181,35 @@ def kernel_calls(bench: Bench) -> Iterator[tuple[str, Callable[[str, torch.dtype
         with kernels.using(choice):
             return [kernels.newton_schulz(bench.random(*size).to(dtype))]
 
-    yield from (("dgd_chunk, forward and backward", chunk), ("memory_scan", scan), ("newton_schulz", orthogonal))
+    def whole_layer(choice: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        layer, x = make_layer(bench, 1 if bench.dry else 2, dtype)
+        with kernels.using(choice):
+            return run_layer(layer, x)[1]
+
+    yield from (("dgd_chunk, forward and backward", chunk), ("memory_scan", memory_scan), ("newton_schulz", orthogonal))
+    yield "memory_layer, forward and backward", whole_layer
+
+
+def make_layer(bench: Bench, batch: int, dtype: torch.dtype = torch.float32) -> tuple[hope.Memory, torch.Tensor]:
+    """A layer of the size that keeps its states, and 512 tokens for it."""
+    m = replace(hope.HopeConfig.preset(bench.size).memory, remat=0)
+    if bench.dry:
+        m = replace(m, d_model=16, n_head=1, chunk=8, chunk_proj=8, adaptive=("k",))
+    torch.manual_seed(0)
+    layer = hope.Memory(m).to(bench.device, dtype)
+    x = bench.random(batch, 2 * m.chunk if bench.dry else 512, m.d_model, dtype=dtype, seed=1)
+    return layer, x.requires_grad_()
+
+
+def run_layer(layer: hope.Memory, x: torch.Tensor) -> tuple[Callable[[], list], list[torch.Tensor]]:
+    """Its backward pass, which may be gone through again, and all it computes: output, state, gradients."""
+    y, state = layer(x)
+    out = [y, *state.main.now, *state.main.momentum]
+    g = torch.Generator(x.device).manual_seed(2)
+    seeds = [torch.randn(z.shape, device=z.device, generator=g).to(z) for z in out]
+    wanted = [x, *layer.parameters()]
+    back = lambda: list(torch.autograd.grad(out, wanted, seeds, retain_graph=True, allow_unused=True))
+    return back, [z.detach() for z in (*out, *back()) if z is not None]
 
 
 def chunk_arguments(bench: Bench, lead: tuple, c: int, e: int, dtype: torch.dtype = torch.float32) -> dict:
@@ -194,11 +222,17 @@ def chunk_arguments(bench: Bench, lead: tuple, c: int, e: int, dtype: torch.dtyp
     return {name: z.to(dtype).requires_grad_() for name, z in args.items()}
 
 
+def largest_errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    """Of every tensor, beside its largest number."""
+    error = lambda a, b: (a.double() - b).abs().max() / b.abs().max().clamp(min=1e-9)
+    return [error(a, b).item() for a, b in zip(found, exact, strict=True)]
+
+
 def check_kernels(bench: Bench) -> Iterator[Row]:
     repeats = 2 if bench.dry else 30
     for name, call in kernel_calls(bench):
         exact, first = call("reference", torch.float64), call("triton", torch.float32)
-        errors = [((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-9)).item() for a, b in zip(first, exact)]
+        errors = largest_errors(first, exact)
         same = all(
             all(torch.equal(a, b) for a, b in zip(first, call("triton", torch.float32))) for _ in range(repeats - 1)
         )
@@ -226,6 +260,39 @@ def chunk(bench: Bench) -> Iterator[Row]:
                 yield dict(how=how, batch=batch, forward_us=1e6 * forward, backward_us=1e6 * backward)
             except Exception as e:  # the others are still worth their time
                 yield dict(how=how, batch=batch, failed=repr(e)[:300])
+    torch.set_float32_matmul_precision("highest")
+
+
+def layer(bench: Bench) -> Iterator[Row]:
+    """The ways to compute a layer, and then their rate in the first. What is asked first is what decides; a way is
+    compiled when it is its turn: that of `scan.memory_layer`'s backward pass takes most of a minute, every time."""
+    ways = [("triton", scan.WARPS), ("chunks", 0), ("reference", 0), ("compiled", 0), ("triton 4 warps", 4)]
+    exact = run_layer(*make_layer(bench, 2, torch.float64))[1]
+    precisions, batches = (("highest",), (2,)) if bench.dry else (("highest", "high"), (8, 2))
+    for precision, (how, warps), batch in product(precisions, ways, batches):
+        if bench.dry and how not in ("reference", "triton") or how == "compiled" and batch == 2:
+            continue
+        torch.set_float32_matmul_precision(precision)
+        of, x = make_layer(bench, batch)
+        of.one_launch, of.compiled = warps > 0, how == "compiled"
+        name = how + " tf32" * (precision == "high")
+        before, scan.WARPS = scan.WARPS, warps
+        meter = plan.Meter(plan.Device("", 0.0, 0.0, 1.0, 1.0, 1.0))
+        try:
+            with kernels.using("reference" if how in ("reference", "compiled") else "triton"):
+                with meter if name == "triton" else nullcontext():
+                    back, found = run_layer(of, x)
+                repeats = dict(repeats=1, warm=0) if bench.dry else {}
+                forward, backward = bench.seconds(lambda: of(x), **repeats), bench.seconds(back, **repeats)
+            row = dict(how=name, batch=batch, forward_us=1e6 * forward, backward_us=1e6 * backward)
+            yield row | (dict(largest_error=max(largest_errors(found, exact))) if batch == 2 else {})
+            if name == "triton" and batch == batches[0]:
+                yield dict(what="device", layers=plan.total(meter.parts.values()).layers / (forward + backward))
+        except Exception as e:  # the others are still worth their time
+            yield dict(how=name, batch=batch, failed=repr(e)[:300])
+        finally:
+            scan.WARPS = before
+            bench.forget()
     torch.set_float32_matmul_precision("highest")
 
 
@@ -364,6 +431,7 @@ def train(bench: Bench) -> Iterator[Row]:
 GROUPS = {
     "rates": rates,
     "kernels": check_kernels,
+    "layer": layer,
     "chunk": chunk,
     "segment": segment,
     "graphs": by_graphs,
@@ -413,7 +481,7 @@ def measure(dry: bool, out: Path, groups: list[str]) -> int:
             result["rows"][name] = rows
             for row in rows:
                 if row.get("what") == "device":
-                    result["device"] = {k: v for k, v in row.items() if k != "what"}
+                    result.setdefault("device", {}).update({k: v for k, v in row.items() if k != "what"})
             (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{out / 'gpu.json'}: {time.perf_counter() - begun:.0f} s, {bad} of {len(groups)} groups with a fault")
     return bad
