@@ -640,7 +640,7 @@ def compiled(out: Path, **options: str) -> dict:
 SIZES = set(hope.HopeConfig.SIZES)
 KERNELS = {f"chunk_{name}" for name in ("forward", "states", "backward", "backward_tokens", "backward_gates")}
 KERNELS |= {"memory_scan", "symmetric fp32", "symmetric bf16"}
-LAYER = {"layer_forward": 1536, "layer_backward": 3072}  # bytes a thread that it may spill
+LAYER = {"layer_forward": 3072, "layer_backward": 6144}  # bytes of stack that a thread may spill to
 
 
 def assert_compiled(rows: list[dict], targets: str, names: set[str]) -> None:
@@ -695,42 +695,12 @@ def test_no_other_architecture_spills_either(arch, tmp_path):
     assert [row for row in rows if row["spilled"]] == []
 
 
-def benchmark():
-    """The module tests/bench/gpu.py."""
-    spec = importlib.util.spec_from_file_location("gpu_bench", ROOT / "tests/bench/gpu.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    return bench
-
-
-@gpu
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU's programs leave no trace")
-@pytest.mark.parametrize("change", [{}, dict(chunk=32, chunk_proj=32, expand=2, objective="l2", origin="zero")])
-def test_the_table_counts_the_products_that_a_layer_takes(change, monkeypatch):
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    monkeypatch.setattr(scan, "precision", lambda device: "ieee")  # one product, not three
-    taken, plain = [], InterpreterBuilder.create_dot
-
-    def counted(self, a, b, *rest):
-        taken.append(2 * a.data.size * b.data.shape[-1])
-        return plain(self, a, b, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
-    layer = memory("hope", **dict(d_model=16, chunk=16, chunk_proj=16, adaptive=("k", "alpha"), remat=0) | change)
-    m, bench = layer.config, benchmark()
-    of = lambda kernel: bench.cost(kernel, m, m.expand * 16, 16, True, tokens=2 * m.chunk)[1]
-    y = layer(torch.randn(1, 2 * m.chunk, 16))[0]
-    assert sum(taken) == of("layer_forward")
-    taken.clear()
-    y.sum().backward()
-    assert sum(taken) == of("layer_backward")
-
-
 @gpu
 def test_kernels_are_faster_than_the_reference_on_a_gpu():
     """In the interpreter only that the benchmark runs."""
-    bench = benchmark()
+    spec = importlib.util.spec_from_file_location("gpu_bench", ROOT / "tests/bench/gpu.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
     if DEVICE == "cpu":
         small = {"small": hope.MemoryConfig(d_model=4, n_head=1, chunk=4, chunk_proj=4, adaptive=("k",))}
         fast, plain = bench.timings(small, 1, 5, DEVICE, lambda run: (run(), 1.0)[1])

@@ -88,25 +88,35 @@ def scan_call(m: hope.MemoryConfig, precision: str):
     return "memory_scan", fn, arguments(fn, none, constants), constants["BE"] // 16, 1
 
 
+def layer_inputs(m: hope.MemoryConfig, tokens: int) -> tuple[list, tuple]:
+    """What `scan.memory_layer`'s operations are given for one head: `scan.INPUTS`, without numbers, and flags. None if
+    the layer is not of their kind, whatever the device."""
+    n, e, hidden = 1 + len(m.adaptive), m.d_head, m.expand * m.d_head
+    shapes = dict.fromkeys("kvq", (1, 1, tokens, e)) | dict.fromkeys(("eta", "alpha", "theta"), (1, 1, tokens))
+    shapes = {name: shape for name, shape in shapes.items() if name not in m.adaptive}
+    if m.adaptive:
+        shapes["u"] = 1, 1, tokens, len(m.adaptive) if m.own_input else 1, e
+    shapes |= dict.fromkeys(("W2", "m2"), (1, 1, n, hidden, e)) | dict.fromkeys(("W1", "m1"), (1, 1, n, e, hidden))
+    shapes |= dict(start=(1, n, hidden, e)) if m.origin == "start" else {}
+    shapes |= dict(scale=(1, n, 1, 1)) if m.self_values else {}
+    for name in {"eta", "alpha"} & set(m.adaptive):
+        shapes |= {f"{name}_read": (1, 1, e), f"{name}_bias": (1, 1)}
+    inputs = [torch.empty(shapes[k], device="meta") if k in shapes else None for k in scan.INPUTS]
+    return inputs, (m.chunk, len(m.adaptive), m.objective == "l2", m.self_values, m.qk_norm, m.hidden_rate)
+
+
+def has_launch(m: hope.MemoryConfig) -> bool:
+    """Whether a GPU has a single launch for such a layer, and another for its backward pass."""
+    with patch.object(scan, "layers_by_triton", lambda z: True):
+        return scan.layer_fits(m, torch.zeros(1))
+
+
 def layer_calls(m: hope.MemoryConfig, precision: str):
-    """The launches of a whole layer and of its backward pass, if it is of a kind that has them on a GPU."""
-    with patch.object(scan, "uses_triton", lambda z: True):
-        if not scan.layer_fits(m, torch.zeros(1)):
-            return
-    n, e = len(m.adaptive), m.d_head
-    has = dict(u=(1, n, e), k=(1, e), v=(1, e), q=(1, e), eta=(1,), alpha=(1,), theta=(1,), W2=(1, m.expand * e, e))
-    inputs = [None if k in m.adaptive or k not in has else torch.zeros(1, 1, *has[k]) for k in scan.INPUTS]
-    inputs[0] = inputs[0] if n else None
-    flags = m.objective == "l2", m.self_values, m.qk_norm, m.hidden_rate
-    _, constants, _ = scan._launched(inputs, m.chunk, n, *flags)
-    none = set() if m.origin == "start" else {"S2", "dS2"}
-    none |= set() if m.self_values else {"scale", "d_scale"}
-    none |= set() if n else {"u", "du"}
-    for name in "kvq":
-        none |= {name, f"d{name}"} if name in m.adaptive else set()
-    for name in ("eta", "alpha"):
-        read_outs = {f"{d}{name}_{part}" for d in ("", "d_") for part in ("read", "bias")}
-        none |= {name, f"d_{name}"} if name in m.adaptive else read_outs
+    """These launches."""
+    inputs, flags = layer_inputs(m, m.chunk)
+    constants = scan._launched(inputs, *flags)[1]
+    names = [{"start": "S2"}.get(name, name) for name, z in zip(scan.INPUTS, inputs) if z is None]
+    none = {*names, *(f"d{name}" for name in names), *(f"d_{name}" for name in names)}
     for name, fn in (("forward", scan._layer_forward), ("backward", scan._layer_backward_chunks)):
         args = arguments(fn, none, constants | dict(PRECISION=precision))
         yield f"layer_{name}", fn, args, constants["num_warps"], constants["num_stages"]
@@ -190,28 +200,23 @@ def cost(kernel: str, m: hope.MemoryConfig, o: int, i: int, read: bool, tokens: 
         macs = o * i * layers * (len(m.adaptive) + n * (1 + m.self_values)) + n * (layers - 1) * o * i
         macs += n * layers * per_layer + (m.read != "chunk") * layers * (state + pairs)
     elif kernel in ("layer_forward", "layer_backward"):  # likewise
-        return layer_cost(kernel, m, o, i, tokens)
+        return layer_cost(kernel, m, tokens)
     else:
         raise ValueError(f"no kernel {kernel}")
     return 4.0 * numbers, 2.0 * c * macs
 
 
-def layer_cost(kernel: str, m: hope.MemoryConfig, H: int, E: int, tokens: int) -> tuple[float, float]:
-    """`cost` of a whole layer, or of its backward pass from the states of all chunks; work is in the cache."""
-    n, read, c = 1 + len(m.adaptive), len(m.adaptive), m.chunk
-    start, states = m.origin == "start", 4 * n * H * E
-    inputs = (read if m.own_input else min(read, 1)) + sum(name not in m.adaptive for name in "kvq")
-    # Multiplications a token: a product with a memory's matrix is E H, with scores c E or c H, of gates or scores c c.
-    inverse = (0 if c <= 16 else 2 if c <= 32 else 4) * c * c  # products that `scan._scores` takes
-    writes = (6 + start + 2 * m.self_values) * E * H + c * (2 * E + 3 * H) + inverse
-    begins = 2 * read * E * H + c * E + inverse + c * c
+def layer_cost(kernel: str, m: hope.MemoryConfig, tokens: int) -> tuple[float, float]:
+    """`cost` of a whole layer, or of its backward pass from the states of all chunks, as scan.py counts it."""
+    inputs, flags = layer_inputs(m, tokens)
+    Y, states = scan._forward_shapes(inputs, True, *flags)
+    multiplications = scan._products([None if z is None else z.shape for z in inputs], *flags[:4])
     if kernel == "layer_forward":
-        macs = begins + n * (writes + 4 * E * H) + (4 + start) * E * H + 3 * c * (E + H)
-        return 4.0 * (2 * states + tokens * (inputs + 1) * E), 2.0 * tokens * macs
-    per_memory = writes + (21 + start + 2 * (m.objective == "l2") + 6 * m.self_values) * E * H + 6 * c * (E + H)
-    of_reads = (10 + 4 * start) * E * H + c * (9 * E + 10 * H)
-    macs = begins + n * per_memory + of_reads + 6 * read * E * H + 5 * c * c
-    return 4.0 * (states * (2 + tokens / c) + tokens * (2 * inputs + 1) * E), 2.0 * tokens * macs
+        moved = scan.traffic(scan.FORWARD, (inputs, True, *flags), (Y, states))
+        return moved, 2.0 * tokens / m.chunk * multiplications[0]
+    grads = Y, *inputs[7:11]
+    moved = scan.traffic(scan.BACKWARD, (inputs, states, grads, *flags), scan._backward_shapes(inputs, states, grads))
+    return moved, 2.0 * tokens / m.chunk * multiplications[1]
 
 
 def occupation(targets: list[str], sizes: list[str], arch: str, names: tuple[str, ...]) -> list[dict]:
@@ -224,7 +229,8 @@ def occupation(targets: list[str], sizes: list[str], arch: str, names: tuple[str
             m = hope.HopeConfig.preset(size, arch).memory
             launches = [(call, f"{o}x{i}") for o, i in shapes(m) for call in calls(m, o, i, precision)]
             launches += [(scan_call(m, precision), f"{m.d_head}x{m.d_head}")]
-            launches += [(call, f"{m.d_head}x{m.d_head}") for call in layer_calls(m, precision)]
+            if has_launch(m):
+                launches += [(call, f"{m.d_head}x{m.d_head}") for call in layer_calls(m, precision)]
             launches += [(call, "any") for call in newton_schulz_calls(precision)]
             for (name, fn, args, warps, stages), memory in launches:
                 of = found.setdefault(repr((name, args, warps)), ((name, fn, args, warps, stages), set(), set()))
@@ -260,7 +266,7 @@ def floors(sizes: list[str], batch: int = 8, tokens: int = 2048) -> list[dict]:
             add(f"chunk_{name}", size, moved, 3 * flops, 1)  # three TF32 products for one in float32
         moved, flops = (batch * m.n_head * z for z in cost("memory_scan", m, *shapes(m)[0], True, tokens))
         add("memory_scan", size, moved, 3 * flops, 1)
-        for name, *_ in layer_calls(m, "tf32x3"):
+        for name in ("layer_forward", "layer_backward"):
             moved, flops = (batch * m.n_head * z for z in cost(name, m, *shapes(m)[0], True, tokens))
             add(name, size, moved, 3 * flops, 1)
         d, tiles = m.d_model, -(-m.d_model // 64)
