@@ -127,7 +127,7 @@ def _add(c, to, value, i):
 
 @jit
 def _add_to(p, value):
-    """Add to a line or table, of which nobody else has what a thread has of `value`."""
+    """Add to a line, a table or a number: each thread to those of which it has the value."""
     tl.store(p, tl.load(p) + value)
 
 
@@ -653,8 +653,8 @@ def _gate_backward(c, read, at, to, d, d_read, d_bias):
     """Of `_gate`, with the gradient d (C,) of what it returns: that of the tile at `at` to `to`; adds to the others."""
     there = c.e < c.E
     weight = tl.load(read + c.e, mask=there, other=0.0)
-    more = tl.load(d_read + c.e, mask=there, other=0.0) + tl.sum(_get(c, _Stream(at, c.E, c.E), c.e) * d[None, :], 1)
-    tl.store(d_read + c.e, more, mask=there)
+    more = tl.sum(_get(c, _Stream(at, c.E, c.E), c.e) * d[None, :], 1)
+    tl.store(d_read + c.e, tl.load(d_read + c.e, mask=there, other=0.0) + more, mask=there)
     _add_to(d_bias, tl.sum(tl.where(c.t < c.length, d, 0.0)))
     _put(c, _Stream(to, c.E, c.E), weight[:, None] * d[None, :], c.e)
 
