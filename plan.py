@@ -399,8 +399,10 @@ def print_time(cost: Cost, device: Device, micro_batch: int) -> None:
     mark = "  <- what takes longest"
     print(f"\na micro-batch of {micro_batch:,} tokens on a {device.name} ({known})")
     if cost.layers and not device.layers:
-        print("  memory layers in one launch, by scan.py, which no GPU has run: at the rate of float32, as a guess, and with")
-        print("  what programs keep for a chunk in the cache; HOPE_KERNELS=reference counts them operation by operation")
+        print(
+            "  memory layers in one launch, by scan.py, which no GPU has run: its rate is a guess, that of float32, and"
+        )
+        print("  `work` is taken to stay in the cache; HOPE_KERNELS=reference counts them operation by operation")
     print(f"  {'launches':<13}{cost.given(device):>9.3g} s  {given}{mark * (cost.given(device) > cost.work())}")
     print(f"  {'work':<13}{cost.work():>9.3g} s  {work}{mark * (cost.given(device) <= cost.work())}")
     for name, (seconds, how) in parts.items():

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import graphs
 import hope
 import kernels
+import scan
 import train
 
 INF = hope.INF
@@ -112,6 +113,27 @@ def test_a_segment_with_triton_can_be_captured(on_meta, monkeypatch):
         monkeypatch.setattr(module, "chunks_by_triton", lambda z: True)
     observe_segments(small_config(cms=(8, 16, INF), n_layer=1), 8)
     assert Launches.count >= 3 * 2 * 2 * 4  # segments, chunks, layers of a memory, kernels
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_segment_of_layers_in_one_launch_can_be_captured(keep, inside, on_meta, monkeypatch):
+    """As operations of PyTorch's, and with what these do before and after a launch."""
+    if inside and kernels.triton is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setattr(scan, "layers_by_triton", lambda z: True)
+    calls = []
+    for name, python in (("layer_forward", scan.forward_chunks), ("layer_backward", scan.backward_chunks)):
+        run = python if inside else getattr(scan, name)
+        monkeypatch.setattr(scan, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
+    for name in ("_layer_forward", "_layer_backward_chunks"):
+        monkeypatch.setattr(scan, name, Launches())
+    monkeypatch.setattr(Launches, "count", 0)
+    config = small_config(cms=(8, 16, INF), n_layer=1, chunk=4, chunk_proj=4, remat=0 if keep else 1)
+    slow, fast = observe_segments(config, 8)
+    assert slow > fast > 100
+    assert calls == 3 * (["layer_forward"] * (1 if keep else 2) + ["layer_backward"])  # of three segments
+    assert Launches.count == inside * len(calls)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import backend
 import hope
 import kernels
 import plan
+import scan
 import train
 
 ROOT = Path(plan.__file__).parent
@@ -61,11 +64,154 @@ def planned(capsys, *args: str) -> dict[str, list[float]]:
         pytest.param("60m", dict(seq_len=256, batch_size=2, optimizer="adamw"), marks=pytest.mark.slow),
     ],
 )
-def test_the_plan_foretells_the_memory_of_a_step(size, settings, capsys):
+def test_the_plan_foretells_the_memory_of_a_step(size, settings, capsys, monkeypatch):
+    monkeypatch.setenv("HOPE_KERNELS", "reference")
     config = train.TrainConfig(size=size, precision="float32", **settings)
     flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in settings.items()]
     foretold = planned(capsys, "--size", size, "--precision", "float32", *flags)["ddp"][5]
     assert foretold == pytest.approx(peak_bytes(config, hope.HopeConfig.preset(size, config.arch)), rel=0.15)
+
+
+class NoLaunch:
+    def __getitem__(self, grid):
+        return lambda *args, **settings: None
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize("remat", [0, 1])
+def test_the_plan_foretells_the_memory_of_layers_in_one_launch(remat, capsys, monkeypatch):
+    """All is allocated as on a GPU; what the kernels would write into it is left out."""
+    settings = dict(seq_len=256, batch_size=2, truncate=True)
+    flags = ["--precision", "float32", "--seq-len=256", "--batch-size=2", "--truncate", "--cms=256,inf"]
+    foretold = planned(capsys, *flags, f"--remat={remat}")["ddp"][5]
+    monkeypatch.setattr(scan, "layers_by_triton", lambda z: True)
+    for name in ("_layer_forward", "_layer_backward_chunks"):
+        monkeypatch.setattr(scan, name, NoLaunch())
+    model = hope.HopeConfig.preset("tiny", cms=(256, hope.INF), remat=remat)
+    assert foretold == pytest.approx(peak_bytes(train.TrainConfig(precision="float32", **settings), model), rel=0.15)
+
+
+COUNT_PRODUCTS = """
+import torch, hope, kernels, scan
+from torch.utils.flop_counter import flop_registry
+from triton.runtime.interpreter import InterpreterBuilder
+
+multiplied = 0
+
+def counting(self, a, b, *rest, dot=InterpreterBuilder.create_dot):
+    global multiplied
+    multiplied += a.data.size * b.data.shape[-1]
+    return dot(self, a, b, *rest)
+
+InterpreterBuilder.create_dot = counting
+scan.precision = lambda device: "ieee"  # a product is one
+
+def compared(name):
+    run, formula = getattr(scan, name), flop_registry[getattr(torch.ops.hope, name)]
+
+    def call(*args):
+        global multiplied
+        multiplied = 0
+        out = run(*args)
+        print(name, 2 * multiplied, formula(*args, out_val=out))
+        return out
+
+    return call
+
+scan.layer_forward, scan.layer_backward = map(compared, ("layer_forward", "layer_backward"))
+for chunk, more in (
+    (16, {}),
+    (64, dict(adaptive=(), expand=2, self_values=False, origin="zero")),
+    (32, dict(adaptive=("q",), objective="l2")),
+):
+    layer = hope.Memory(hope.MemoryConfig(d_model=32, n_head=2, chunk=chunk, chunk_proj=chunk, remat=1, **more))
+    layer(torch.randn(1, chunk * (1 + (chunk == 16)), 32))[0].sum().backward()
+"""
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+def test_the_products_of_a_memory_layer_are_as_many_as_the_plan_says():
+    """Exactly those that Triton's interpreter is asked for, forward, forward again and backward."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "HOPE_KERNELS": "triton", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", COUNT_PRODUCTS], env=env, capture_output=True, text=True)
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert [name for name, *_ in lines] == 3 * ["layer_forward", "layer_forward", "layer_backward"], run.stderr[-3000:]
+    assert all(did == said and int(did) > 1e5 for _, did, said in lines), run.stdout
+
+
+def test_the_plan_for_a_gpu_counts_a_memory_layer_as_one_operation_each_way(monkeypatch):
+    settings = dict(d_model=64, n_head=2, n_layer=1, chunk=16, chunk_proj=16, cms=(64, hope.INF))
+    config = train.TrainConfig(seq_len=64, truncate=True)
+
+    def count(remat: int) -> plan.Cost:
+        model = hope.HopeConfig.preset("tiny", remat=remat, **settings)
+        return plan.rehearse(model, config, 2, 64, torch.float32)["memories"]
+
+    kept, again = count(remat=0), count(remat=1)
+    assert again.layers > kept.layers > 0
+    assert again.launches == kept.launches + 2  # the forward pass once more, and a copy of the last of two states
+    # Bytes of the forward pass: 2 x 2 heads, 5 memories of 4 matrices of 32^2, whose states 4 chunks read and write. They
+    # are first put together, and at the end copied.
+    states, start = 4 * 4 * 5 * 4 * 32**2, 4 * 2 * 5 * 32**2
+    streams = 4 * 4 * 64 * (4 * 32 + 32 + 1 + 32)  # u, an input for each of four; q; theta; y
+    shared = start + 4 * 2 * (5 + 2 * (32 + 1))  # factors of values, read-outs
+    assert again.moved - kept.moved == streams + shared + (2 + 2 * 4) * states + 2 * states
+    monkeypatch.setenv("HOPE_KERNELS", "reference")
+    plain = count(remat=0)
+    assert plain.layers == 0 and plain.launches > 3 * kept.launches and plain.moved > 2 * kept.moved
+    monkeypatch.delenv("HOPE_KERNELS")
+    cpu = plan.Device("CPU", 1e-6, 0.0, 1e10, 1e10, 1e10, alone=True)
+    monkeypatch.setattr(plan.Device, "known", lambda: cpu)
+    alone = count(remat=0)
+    assert (alone.launches, alone.moved, alone.layers) == (plain.launches, plain.moved, 0)
+
+
+@pytest.mark.parametrize(
+    "rows, fits",
+    [
+        ({"layer": [("triton", 8, 9.0), ("compiled", 8, 10.0), ("triton", 2, 3.0), ("chunks", 2, 2.0)]}, True),
+        ({"layer": [("triton", 8, 9.0), ("reference", 8, 10.0), ("compiled", 8, 8.0)]}, False),
+        ({"layer": [("triton", 8, 9.0), ("reference tf32", 8, 8.0), ("triton 4 warps", 8, 12.0)]}, True),
+        ({"layer": [("triton", 8, None), ("reference", 8, 10.0)]}, False),  # it failed
+        ({"layer": [("triton", 8, 9.0), ("compiled", 8, 10.0)], "kernels": [False]}, False),  # it is wrong
+        ({"layer": [("triton", 8, 9.0), ("compiled", 8, 10.0)], "kernels": [True]}, True),
+    ],
+)
+def test_a_memory_layer_takes_one_launch_where_that_was_right_and_fastest(rows, fits, tmp_path, monkeypatch):
+    timed = lambda how, batch, us: (
+        dict(how=how, batch=batch) | (dict(forward_us=us, backward_us=us) if us else dict(failed="no"))
+    )
+    found = {"layer": [timed(*row) for row in rows["layer"]]}
+    found["kernels"] = [
+        dict(kernel="memory_layer, forward and backward", right=right, same_bits=True)
+        for right in rows.get("kernels", [])
+    ]
+    os.makedirs(tmp_path / "tests/bench")
+    (tmp_path / "tests/bench/gpu.json").write_text(json.dumps({"device": {"name": "card"}, "rows": found}))
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    backend.slow_at.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    monkeypatch.setattr(backend, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(backend, "triton", backend)
+    z = SimpleNamespace(is_cuda=True, is_meta=False, device="cuda")
+    assert backend.layers_by_triton(z) == fits
+    with backend.foreseen_on_gpu():
+        assert backend.layers_by_triton(torch.zeros(1, device="meta")) == fits
+    with backend.using("triton"):
+        assert backend.layers_by_triton(z)
+    backend.slow_at.cache_clear()
+
+
+def test_tensors_without_numbers_take_one_launch_only_where_a_gpu_is_foreseen():
+    m, x = hope.MemoryConfig(d_model=32, n_head=1, chunk=16, chunk_proj=16), torch.zeros(1, device="meta")
+    assert not scan.layer_fits(m, x)
+    with backend.foreseen_on_gpu():
+        assert scan.layer_fits(m, x) and not scan.layer_fits(m, torch.zeros(1))
+        assert not kernels.uses_triton(x)  # chunks by themselves are counted in the plain form
+        assert not scan.layer_fits(hope.MemoryConfig(d_model=32, n_head=1, chunk=128, chunk_proj=128), x)
+        with kernels.using("reference"):
+            assert not scan.layer_fits(m, x)
+    assert not scan.layer_fits(m, x)
 
 
 @pytest.mark.parametrize("optimizer", plan.KEPT)
@@ -227,6 +373,26 @@ def test_the_plan_says_what_it_assumes_and_refuses_a_damaged_measurement(tmp_pat
     assert train.main(SMALL) == 2 and "gpu.json cannot be used" in capsys.readouterr().err
 
 
+def test_the_plan_says_that_memory_layers_in_one_launch_are_untried(tmp_path, monkeypatch, capsys):
+    """Until they are measured; then it takes their rate."""
+    flags = ["--plan", "--seq-len", "64", "--truncate"]
+    monkeypatch.setattr(plan, "__file__", str(tmp_path / "plan.py"))
+    os.makedirs(tmp_path / "tests/bench")
+    device = plan.Device("card", 6e-6, 2e-6, 3e12, 4e13, 4e14)
+    for measured, choice, untried, rate in (
+        (0.0, "auto", True, "of memory layers at 4e+13"),
+        (5e13, "auto", False, "of memory layers at 5e+13"),
+        (0.0, "reference", False, None),
+    ):
+        path = tmp_path / "tests/bench/gpu.json"
+        path.write_text(json.dumps({"device": asdict(replace(device, layers=measured))}))
+        with kernels.using(choice):
+            assert train.main(flags) == 0
+        out = capsys.readouterr().out
+        assert ("which no GPU has run" in out) == untried and ("memory layers" in out) == bool(rate)
+        assert not rate or rate in out
+
+
 @pytest.mark.parametrize("optimizer", plan.KEPT)
 def test_the_optimizers_step_is_counted_for_every_layer(optimizer):
     config = train.TrainConfig(optimizer=optimizer)
@@ -262,12 +428,20 @@ def measured_dry(out: Path, groups: str) -> dict:
 
 @pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 def test_the_measurement_of_a_gpu_runs_dry_and_the_plan_takes_its_constants(tmp_path, monkeypatch, capsys):
-    found = measured_dry(tmp_path / "tests/bench", "rates,kernels,segment,graphs")
+    found = measured_dry(tmp_path / "tests/bench", "rates,kernels,layer,segment,graphs")
     device = plan.Device(**found["device"])
     assert device.name == "CPU" and 1e-7 < device.launch < 1e-3 and device.bandwidth > 1e8 and device.float32 > 1e8
     checked = found["rows"]["kernels"]
-    assert [row["kernel"].split(",")[0] for row in checked] == ["dgd_chunk", "memory_scan", "newton_schulz"]
+    assert [row["kernel"].split(",")[0] for row in checked] == [
+        "dgd_chunk",
+        "memory_scan",
+        "newton_schulz",
+        "memory_layer",
+    ]
     assert all(row["right"] and row["same_bits"] for row in checked)
+    ways = [row for row in found["rows"]["layer"] if "how" in row]
+    assert [row["how"] for row in ways] == ["triton", "reference"] and device.layers > 0
+    assert all(row["largest_error"] < 1e-4 and row["backward_us"] > row["forward_us"] > 0 for row in ways)
     assert all(row["ms"] > 0 and row["tokens_s"] > 0 for row in found["rows"]["segment"] + found["rows"]["graphs"])
     plain, captured = found["rows"]["graphs"]
     assert (plain["how"], captured["how"]) == ("plain", "captured") and captured["graphs"] == 4  # in a chunk of 64

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -25,14 +26,18 @@ TOKENS = {"340m": 15e9, "760m": 30e9, "1.3b": 100e9}
 RECIPE = "--data fineweb-edu --optimizer adamw --lr 4e-4 --seq-len 4096 --batch-size 128 --truncate"
 README = {size: f"--micro-batch {4 if size == '1.3b' else 8} --remat 1" for size in TOKENS}
 PLANS = {f"{size}, as in the README": (size, flags) for size, flags in README.items()} | {
-    "760m, nothing recomputed": ("760m", "--micro-batch 8"),
+    "760m, nothing recomputed": ("760m", "--micro-batch 8 --remat 0"),
+    "760m, plain memories": ("760m", README["760m"]),
+    "760m, captured": ("760m", README["760m"] + " --capture"),
     "760m, fast clocks": ("760m", "--micro-batch 8 --cms 64,256,inf"),
     "760m, transformer++": ("760m", "--micro-batch 8 --arch transformer++"),
 }
 
 
-def command(size: str, flags: str) -> str:
-    return f"python train.py --plan --gpus 8 --size {size} --tokens {TOKENS[size]:g} {RECIPE} {flags}"
+def command(name: str) -> str:
+    size, flags = PLANS[name]
+    line = f"python train.py --plan --gpus 8 --size {size} --tokens {TOKENS[size]:g} {RECIPE} {flags}"
+    return "HOPE_KERNELS=reference " * ("plain" in name) + line
 
 
 def made() -> dict:
@@ -41,8 +46,10 @@ def made() -> dict:
 
 
 def run(line: str) -> str:
-    """What a command that begins with `python` prints, run where train.py is."""
-    done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
+    """What a command prints, `python` and perhaps a variable before it, run where train.py is."""
+    variable, _, flags = line.rpartition("python ")
+    env = os.environ | dict(z.split("=") for z in variable.split())
+    done = subprocess.run([sys.executable, *shlex.split(flags)], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{line}\n{done.stderr}")
     return done.stdout
@@ -53,8 +60,8 @@ def main() -> None:
     parser.add_argument("--anew", action="store_true", help="also those that are stored")
     given = parser.parse_args()
     plans = json.loads(RESULT.read_text())["plans"] if RESULT.exists() and not given.anew else {}
-    for name, (size, flags) in PLANS.items():
-        line = command(size, flags)
+    for name in PLANS:
+        line = command(name)
         if plans.get(name, {}).get("command") != line:
             plans[name] = {"command": line, "printed": run(line).splitlines()}
             RESULT.write_text(json.dumps({"made": made(), "plans": plans}, indent=1) + "\n")
