@@ -640,7 +640,7 @@ def compiled(out: Path, **options: str) -> dict:
 SIZES = set(hope.HopeConfig.SIZES)
 KERNELS = {f"chunk_{name}" for name in ("forward", "states", "backward", "backward_tokens", "backward_gates")}
 KERNELS |= {"memory_scan", "symmetric fp32", "symmetric bf16"}
-LAYER = {"layer_forward": 3072, "layer_backward": 6144}  # bytes of stack that a thread may spill to
+LAYER = {"layer_forward", "layer_backward"}
 
 
 def assert_compiled(rows: list[dict], targets: str, names: set[str]) -> None:
@@ -657,7 +657,7 @@ def test_nothing_spills_on_sm_80_and_sm_90_at_any_size(tmp_path):
     tables = compiled(tmp_path, targets="sm_80,sm_90", kernels="chunk,memory,symmetric")
     assert_compiled(tables["occupation"], "sm_80,sm_90", KERNELS)
     assert [row for row in tables["occupation"] if row["spilled"]] == []
-    names = {*KERNELS, *LAYER}
+    names = KERNELS | LAYER
     assert {(row["kernel"], row["size"]) for row in tables["floors"]} == set(itertools.product(names, SIZES))
     assert all(row["A100 80GB us"] > row["H100 us"] > 0 and row["intensity"] > 0 for row in tables["floors"])
 
@@ -679,9 +679,8 @@ SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_
 def test_a_layer_in_one_launch_spills_little(target, tmp_path):
     """Addresses, of the many places that a chunk's tiles have in memory: of all instructions 6% store or load them."""
     rows = compiled(tmp_path, targets=target, kernels="layer")["occupation"]
-    assert_compiled(rows, target, set(LAYER))
-    for row in rows:
-        assert row["spilled"] <= LAYER[row["kernel"]], row
+    assert_compiled(rows, target, LAYER)
+    assert max(row["spilled"] for row in rows) <= 3072, rows
 
 
 @pytest.mark.slow
