@@ -43,58 +43,114 @@ from kernels import (
     _tokens,
 )  # fmt: skip
 
-# What a program keeps in `work`: LINES (C,), SQUARES (C, C), then tiles of tokens, see `_Chunk`. Lines and squares are of
-# gates, as reads have them (before, gain_m; between, gain) and the chunk's end (after, gain, keep; all, gain_m and keep_m in
-# one line); of steps; of scores, S = (step x)^T x, and (1 + between S)^-1; and of gradients, named with d_.
-LINES, SQUARES, TILES = constexpr(17), constexpr(10), constexpr(13)
-BEFORE, GAIN_M, AFTER, GAIN_END, KEEP, ENDS = (constexpr(k) for k in range(6))
-ETA, STEP_2, STEP_1, RETENTION = (constexpr(k) for k in range(6, 10))
+# What a program keeps in `work`: LINES (C,), TABLES (C, C), reads of adaptive memories and their gradients, TILES of
+# tokens. Lines and tables are of gates, as reads have them (before, gain_m; between, gain) and the chunk's end (after,
+# gain, keep; all, gain_m and keep_m in one line); of steps; of scores, S = (step x)^T x, and (1 + between S)^-1; of
+# gradients, with d_ in front. Tiles are z = W2 k; of both layers their input (the hidden layer's are the keys), their
+# gradient d and p = M_{t-1} x_t; silu of what is read of W2, and that itself; the gradient of what the solve makes p
+# of; those of both layers' d and x, and of what is read of W2.
+LINES, TABLES, TILES = constexpr(17), constexpr(10), constexpr(14)
+BEFORE, GAIN_M, AFTER, GAIN_END, KEEP, ENDS, ETA, STEP_2, STEP_1, RETENTION = (constexpr(k) for k in range(10))
 D_BEFORE, D_GAIN_M, D_AFTER, D_GAIN_END, D_KEEP, D_ENDS, D_ETA = (constexpr(k) for k in range(10, 17))
 BETWEEN, GAIN, D_BETWEEN, D_GAIN, S_2, INVERSE_2, S_1, INVERSE_1, D_S, D_S_READ = (constexpr(k) for k in range(10))
-# Tiles: z = W2 k; of both layers input (the hidden layer's are the keys), gradient d, p = M_{t-1} x_t; what is read of W2;
-# the gradient of what the solve makes p of; gradients of the layers' d and x, and of what is read of W2.
-Z, HIDDEN, D2, P2, D1, P1, READ, DZ, D_D1, D_HIDDEN, D_READ, D_D2, D_KEYS = (constexpr(k) for k in range(13))
+Z, HIDDEN, D_2, P_2, D_1, P_1, SILU, READ, DZ, DD_1, D_HIDDEN, D_READ, DD_2, D_KEYS = (constexpr(k) for k in range(14))
+
+# Arguments whose values machine code does not depend on: one compilation serves all lengths.
+COUNTS = "chunks", "slots"
 
 # Arguments whose values machine code does not depend on: one compilation serves all lengths.
 COUNTS = "chunks", "slots"
 
 # What all memories share, from the program's first token on; None for what is read from memories.
 _Streams = namedtuple("_Streams", "u k v q eta alpha theta u_next u_row k_row v_row q_row")
-# Read-outs of eta and alpha, (E,) and a number each, of the program's head.
+# Read-outs of eta and alpha, (E,) and a number each, of the program's head, or their gradients.
 _ReadOuts = namedtuple("_ReadOuts", "eta_read eta_bias alpha_read alpha_bias")
 # Where what is read of memories, or the gradient of it, lies in work: tiles (E, C) in this order, only of those read.
 _Reads = namedtuple("_Reads", "k v q eta alpha")
-# A chunk: streams of keys, values, queries; where alpha is; where work and its tiles of `slot` numbers begin.
-_Chunk = namedtuple("_Chunk", "k v q alpha work tiles slot")
-# The matrices of one memory: W2 (H, E), W1 (E, H), their momenta; W2's start state; the factor of its values.
+# A chunk: streams of keys, values, queries; where alpha, work and its tiles are; widths E and H of memories, with their
+# numbers e = 0, 1, ... and h, and the tokens t of a tile; how many of these are the chunk's.
+_Chunk = namedtuple("_Chunk", "k v q alpha work tiles E H e h t length")
+# The matrices of one memory: W2 (H, E), W1 (E, H), their momenta; W2's start state; the factor of its values. Or where
+# their gradients are.
 _Memory = namedtuple("_Memory", "W2 W1 m2 m1 S2 scale")
-# One layer of it: matrix and momentum (O, I) and what the matrix starts from; streams x, d, p; the places in work of its
-# steps, S and inverse. On the way back also the gradients of matrix, momentum and start, streams dd and dx.
-_Layer = namedtuple("_Layer", "M m start x d p step S inverse O I")
+# One layer of it: matrix and momentum, and what the matrix starts from; streams x, d, p; where in work its steps, S and
+# inverse are; rows and columns, and how many.
+_Layer = namedtuple("_Layer", "M m start x d p step S inverse o i O I")
+# On the way back: the gradients of matrix, momentum and start; the streams for those of d, x and what is read at.
 _Back = namedtuple("_Back", "M m start d x q")
 
 
 @jit
-def _line(work, k, C: tl.constexpr):
-    return work + k * C + tl.arange(0, C)
+def _line(c, k):
+    """Where line k is."""
+    return c.work + k * c.t.shape[0] + c.t
 
 
 @jit
-def _square(work, k, C: tl.constexpr):
-    t = tl.arange(0, C)
-    return work + (LINES + k * C) * C + t[:, None] * C + t[None, :]
+def _row(c, k):
+    """Line k, for every row of a tile."""
+    return tl.load(_line(c, k))[None, :]
 
 
 @jit
-def _add(p, value, C: tl.constexpr):
-    """Add to a line or square, of which each thread has the numbers it has of `value`."""
-    tl.store(p, tl.load(p) + value)
+def _table(c, k):
+    """Where table k is."""
+    C: tl.constexpr = c.t.shape[0]
+    return c.work + (LINES + k * C) * C + c.t[:, None] * C + c.t[None, :]
 
 
 @jit
 def _tile(c, k, size):
-    """The k-th of work's tiles, of `size` numbers a token."""
-    return _Stream(c.tiles + k * c.slot, size, size)
+    """The stream of tile k, with `size` numbers a token."""
+    return _Stream(c.tiles + k * tl.maximum(c.E, c.H) * c.t.shape[0], size, size)
+
+
+@jit
+def _get(c, x, i):
+    """Numbers i of a chunk's tokens of a stream."""
+    return _tokens(x, i, c.length, c.t.shape[0])
+
+
+@jit
+def _put(c, to, value, i):
+    """Into a stream, and wait until it is there."""
+    _store_tokens(to, value, i, c.length, c.t.shape[0])
+    tl.debug_barrier()
+
+
+@jit
+def _add(c, to, value, i):
+    value += _get(c, to, i)
+    tl.debug_barrier()
+    _put(c, to, value, i)
+
+
+@jit
+def _add_to(p, value):
+    """Add to a line, a table or a number: each thread to those of which it has the value."""
+    tl.store(p, tl.load(p) + value)
+
+
+@jit
+def _add_matrix(to, value, o, i, O, I):
+    value += _matrix(to, o, i, O, I)
+    tl.debug_barrier()
+    _store_matrix(to, value, o, i, O, I)
+    tl.debug_barrier()
+
+
+@jit
+def _product(a, b, PRECISION: tl.constexpr):
+    """a b. A barrier keeps the compiler from beginning the next product early: registers hold the factors of one."""
+    y = _dot(a, b, PRECISION)
+    tl.debug_barrier()
+    return y
+
+
+@jit
+def _of(layer, matrix):
+    """The tile of a layer's matrix, or of what has its shape."""
+    return _matrix(matrix, layer.o, layer.i, layer.O, layer.I)
 
 
 @jit
@@ -139,45 +195,21 @@ def _step_backward(eta, x, d_step):
 
 
 @jit
-def _answer(c, m, x, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """x + W1 silu(W2 x) for a tile x; leaves z = W2 x in tile Z."""
-    e, h = tl.arange(0, BE), tl.arange(0, BH)
-    z = _dot(_matrix(m.W2, h, e, H, E), x, PRECISION)
-    _store_tokens(_tile(c, Z, H), z, h, CHUNK, C)
-    tl.debug_barrier()
-    return x + _dot(_matrix(m.W1, e, h, E, H), _silu(z), PRECISION)
+def _answer(c, m, x, PRECISION: tl.constexpr):
+    """x + W1 silu(W2 x) for the stream x; leaves W2 x in tile Z."""
+    z = _product(_matrix(m.W2, c.h, c.e, c.H, c.E), _get(c, x, c.e), PRECISION)
+    _put(c, _tile(c, Z, c.H), z, c.h)
+    return _product(_matrix(m.W1, c.e, c.h, c.E, c.H), _silu(z), PRECISION) + _get(c, x, c.e)
 
 
 @jit
-def _answer_backward(c, m, d, x, dy, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
-                     PRECISION: tl.constexpr):  # fmt: skip
-    """Of `_answer` at the stream x, from the gradient dy: returns that of x, adds those of W2 and W1 to the `_Memory` d."""
-    e, h = tl.arange(0, BE), tl.arange(0, BH)
-    z = _tokens(_tile(c, Z, H), h, CHUNK, C)
-    _add_matrix(d.W1, _dot(dy, tl.trans(_silu(z)), PRECISION), e, h, E, H)
-    tl.debug_barrier()
-    dz = _dot(tl.trans(_matrix(m.W1, e, h, E, H)), dy, PRECISION) * _slope(z)
-    tl.debug_barrier()
-    _add_matrix(d.W2, _dot(dz, tl.trans(_tokens(x, e, CHUNK, C)), PRECISION), h, e, H, E)
-    tl.debug_barrier()
-    return dy + _dot(tl.trans(_matrix(m.W2, h, e, H, E)), dz, PRECISION)
-
-
-@jit
-def _add_matrix(to, value, o, i, O, I):
-    value += _matrix(to, o, i, O, I)
-    tl.debug_barrier()
-    _store_matrix(to, value, o, i, O, I)
-    tl.debug_barrier()
-
-
-@jit
-def _add_tokens(to, value, i, CHUNK: tl.constexpr, C: tl.constexpr):
-    value += _tokens(to, i, CHUNK, C)
-    tl.debug_barrier()
-    _store_tokens(to, value, i, CHUNK, C)
-    tl.debug_barrier()
+def _answer_backward(c, m, d, x, dy, PRECISION: tl.constexpr):
+    """Of `_answer`, from the gradient dy: returns that of x, adds those of W2 and W1 to the `_Memory` d."""
+    z = _get(c, _tile(c, Z, c.H), c.h)
+    _add_matrix(d.W1, _product(dy, tl.trans(_silu(z)), PRECISION), c.e, c.h, c.E, c.H)
+    dz = _product(tl.trans(_matrix(m.W1, c.e, c.h, c.E, c.H)), dy, PRECISION) * _slope(z)
+    _add_matrix(d.W2, _product(dz, tl.trans(_get(c, x, c.e)), PRECISION), c.h, c.e, c.H, c.E)
+    return dy + _product(tl.trans(_matrix(m.W2, c.h, c.e, c.H, c.E)), dz, PRECISION)
 
 
 @jit
@@ -197,114 +229,108 @@ def _normal(x, j, QK_NORM: tl.constexpr):
 
 
 @jit
-def _memory(states, plane, j, scale, S2, E: tl.constexpr, H: tl.constexpr):
-    """Where memory j of the program is: states (4, all memories of all programs, E H), a plane for each matrix."""
-    here = states + j * E * H
-    start = S2 if S2 is None else S2 + j * E * H
+def _memory(states, plane, j, scale, S2, size):
+    """Where memory j of the program is: states (4, all memories of all programs, size), a plane for each matrix."""
+    here = states + j * size
+    start = S2 if S2 is None else S2 + j * size
     factor = scale if scale is None else scale + j
     return _Memory(here, here + plane, here + 2 * plane, here + 3 * plane, start, factor)
 
 
 @jit
-def _hidden_layer(c, m, E: tl.constexpr, H: tl.constexpr):
-    return _Layer(m.W2, m.m2, m.S2, c.k, _tile(c, D2, H), _tile(c, P2, H), STEP_2, S_2, INVERSE_2, H, E)
+def _hidden_layer(c, m):
+    d, p = _tile(c, D_2, c.H), _tile(c, P_2, c.H)
+    return _Layer(m.W2, m.m2, m.S2, c.k, d, p, STEP_2, S_2, INVERSE_2, c.h, c.e, c.H, c.E)
 
 
 @jit
-def _output_layer(c, m, E: tl.constexpr, H: tl.constexpr):
-    x, d, p = _tile(c, HIDDEN, H), _tile(c, D1, E), _tile(c, P1, E)
-    return _Layer(m.W1, m.m1, None, x, d, p, STEP_1, S_1, INVERSE_1, E, H)
+def _output_layer(c, m):
+    x, d, p = _tile(c, HIDDEN, c.H), _tile(c, D_1, c.E), _tile(c, P_1, c.E)
+    return _Layer(m.W1, m.m1, None, x, d, p, STEP_1, S_1, INVERSE_1, c.e, c.h, c.E, c.H)
 
 
 @jit
-def _inputs(x, s, j, E: tl.constexpr):
+def _inputs(x, s, j, E):
     """The stream of what memory j is read at, from token s on."""
     return _Stream(x.u + s * x.u_row + j * x.u_next, x.u_row, E)
 
 
 @jit
-def _gate(read, bias, at, E: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr):
+def _gate(c, read, bias, at):
     """<read, x> + bias, a number a token (C,), for the tile x at `at`."""
-    e = tl.arange(0, BE)
-    x = _tokens(_Stream(at, E, E), e, CHUNK, C)
-    return tl.sum(x * tl.load(read + e, mask=e < E, other=0.0)[:, None], 0) + tl.load(bias)
+    weight = tl.load(read + c.e, mask=c.e < c.E, other=0.0)
+    return tl.sum(_get(c, _Stream(at, c.E, c.E), c.e) * weight[:, None], 0) + tl.load(bias)
 
 
 @jit
 def _begin_chunk(
-    x, gates, states, plane, work, s, adaptive, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, QK_NORM: tl.constexpr,
-    HIDDEN_RATE: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    x, gates, states, plane, work, s, adaptive, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr,
+    QK_NORM: tl.constexpr, HIDDEN_RATE: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The `_Chunk` from token s on: reads the adaptive memories, and leaves in work what memories share."""
-    e, t = tl.arange(0, BE), tl.arange(0, C)
-    reads = work + (LINES + SQUARES * C) * C
+    reads, t = work + (LINES + TABLES * C) * C, tl.arange(0, C)
     at, tiles = _reads_at(x, reads, E * C), reads + 2 * adaptive * E * C
     k = _Stream(at.k, E, E) if x.k is None else _Stream(x.k + s * x.k_row, x.k_row, E)
     v = _Stream(at.v, E, E) if x.v is None else _Stream(x.v + s * x.v_row, x.v_row, E)
     q = _Stream(at.q, E, E) if x.q is None else _Stream(x.q + s * x.q_row, x.q_row, E)
     alpha = work + RETENTION * C if x.alpha is None else x.alpha + s
-    c = _Chunk(k, v, q, alpha, work, tiles, max(E, H) * C)
+    c = _Chunk(k, v, q, alpha, work, tiles, E, H, tl.arange(0, BE), tl.arange(0, BH), t, CHUNK)
     tl.debug_barrier()
     if x.u is not None:
         for j in tl.range(0, adaptive, disable_licm=True):
-            u = _tokens(_inputs(x, s, j, E), e, CHUNK, C)
-            y = _answer(c, _memory(states, plane, j, None, None, E, H), u, E, H, CHUNK, C, BE, BH, PRECISION)
+            y = _answer(c, _memory(states, plane, j, None, None, E * H), _inputs(x, s, j, E), PRECISION)
             y = tl.where(_normal(x, j, QK_NORM), _normalized(y), y)
-            _store_tokens(_Stream(reads + j * E * C, E, E), y, e, CHUNK, C)
-            tl.debug_barrier()
+            _put(c, _Stream(reads + j * E * C, E, E), y, c.e)
     if x.eta is None:
-        eta = _softplus(_gate(gates.eta_read, gates.eta_bias, at.eta, E, CHUNK, C, BE))
+        eta = _softplus(_gate(c, gates.eta_read, gates.eta_bias, at.eta))
     else:
         eta = _steps(x.eta + s, CHUNK, C)
-    tl.store(_line(work, ETA, C), eta)
+    tl.store(_line(c, ETA), eta)
     if x.alpha is None:
-        gate = _gate(gates.alpha_read, gates.alpha_bias, at.alpha, E, CHUNK, C, BE)
-        tl.store(_line(work, RETENTION, C), tl.sigmoid(gate))
+        tl.store(_line(c, RETENTION), tl.sigmoid(_gate(c, gates.alpha_read, gates.alpha_bias, at.alpha)))
     tl.debug_barrier()
     g = _gates(alpha, x.theta + s, CHUNK, True, PRECISION, C)
-    tl.store(_square(work, BETWEEN, C), g.reads.between)
-    tl.store(_square(work, GAIN, C), g.reads.gain)
-    tl.store(_line(work, BEFORE, C), g.reads.before)
-    tl.store(_line(work, GAIN_M, C), g.reads.gain_m)
-    tl.store(_line(work, AFTER, C), g.end.after)
-    tl.store(_line(work, GAIN_END, C), g.end.gain)
-    tl.store(_line(work, KEEP, C), g.end.keep)
-    ends = tl.where(t == 0, g.end.all, tl.where(t == 1, g.end.gain_m, g.end.keep_m))
-    tl.store(_line(work, ENDS, C), ends)
+    tl.store(_table(c, BETWEEN), g.reads.between)
+    tl.store(_table(c, GAIN), g.reads.gain)
+    tl.store(_line(c, BEFORE), g.reads.before)
+    tl.store(_line(c, GAIN_M), g.reads.gain_m)
+    tl.store(_line(c, AFTER), g.end.after)
+    tl.store(_line(c, GAIN_END), g.end.gain)
+    tl.store(_line(c, KEEP), g.end.keep)
+    tl.store(_line(c, ENDS), tl.where(t == 0, g.end.all, tl.where(t == 1, g.end.gain_m, g.end.keep_m)))
     tl.debug_barrier()
-    keys = _tokens(k, e, CHUNK, C)
-    tl.store(_line(work, STEP_2, C), _step(HIDDEN_RATE * tl.load(_line(work, ETA, C)), keys))
+    tl.store(_line(c, STEP_2), _step(HIDDEN_RATE * tl.load(_line(c, ETA)), _get(c, k, c.e)))
     tl.debug_barrier()
-    _scores(c, k, STEP_2, S_2, INVERSE_2, e, CHUNK, C, PRECISION)
+    _scores(c, _hidden_layer(c, _Memory(None, None, None, None, None, None)), PRECISION)
     return c
 
 
 @jit
-def _scores(c, x, step, S, inverse, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """A layer's scores S, and (1 + A)^-1 of its system A = between S, into work: of the 16 x 16 blocks on the diagonal by
-    substitution, a token of each after the other; with T, what these give, N = T (A without them) has N^4 = 0."""
+def _scores(c, layer, PRECISION: tl.constexpr):
+    """A layer's scores S, and (1 + A)^-1 of its system A = between S, into work: of the 16 x 16 blocks on the diagonal
+    by substitution, a token of each after the other; with T, what these give, N = T (A without them) has N^4 = 0."""
     EXACT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32x3"
-    tile = _tokens(x, i, CHUNK, C)
-    scores = _dot(tl.trans(tile * tl.load(_line(c.work, step, C))[None, :]), tile, PRECISION)
-    tl.store(_square(c.work, S, C), scores)
+    x = _get(c, layer.x, layer.i)
+    tl.store(_table(c, layer.S), _product(tl.trans(x * _row(c, layer.step)), x, PRECISION))
     tl.debug_barrier()
-    s, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    near, inverse = s // 16 == t // 16, _square(c.work, inverse, C)
-    A_T = tl.trans(tl.where(near, tl.load(_square(c.work, BETWEEN, C)) * tl.load(_square(c.work, S, C)), 0.0))
+    s, t = c.t[:, None], c.t[None, :]
+    near, inverse = s // 16 == t // 16, _table(c, layer.inverse)
+    A_T = tl.trans(tl.where(near, tl.load(_table(c, BETWEEN)) * tl.load(_table(c, layer.S)), 0.0))
     T = tl.where(s == t, 1.0, 0.0)
     for token in tl.range(1, 16, disable_licm=True):
         row = tl.sum(tl.where(s % 16 == token, A_T, 0.0), 0)
         T = tl.where(near & (t % 16 == token), T - tl.sum(T * row[None, :], 1)[:, None], T)
     tl.store(inverse, T)
     tl.debug_barrier()
-    if C > 16:
-        A = tl.where(near, 0.0, tl.load(_square(c.work, BETWEEN, C)) * tl.load(_square(c.work, S, C)))
-        N, R = _square(c.work, D_S, C), _square(c.work, D_S_READ, C)  # nobody needs these now
+    if c.t.shape[0] > 16:
+        N, R = _table(c, D_S), _table(c, D_S_READ)  # nobody needs these now
+        A = tl.where(near, 0.0, tl.load(_table(c, BETWEEN)) * tl.load(_table(c, layer.S)))
         tl.store(N, _dot(tl.load(inverse), A, EXACT))
         tl.debug_barrier()
         tl.store(R, tl.load(inverse) - _dot(tl.load(N), tl.load(inverse), EXACT))
         tl.debug_barrier()
-        if C > 32:
+        if c.t.shape[0] > 32:
             N_N = _dot(tl.load(N), tl.load(N), EXACT)
             tl.debug_barrier()
             tl.store(N, N_N)
@@ -316,117 +342,93 @@ def _scores(c, x, step, S, inverse, i, CHUNK: tl.constexpr, C: tl.constexpr, PRE
 
 
 @jit
-def _found(c, M, m, x, o, i, O, I, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """What a chunk's start gives of a read at the stream x: before (M x) + gain_m (m x), with matrices M and m."""
-    at = _tokens(x, i, CHUNK, C)
-    y = tl.load(_line(c.work, BEFORE, C))[None, :] * _dot(_matrix(M, o, i, O, I), at, PRECISION)
-    tl.debug_barrier()
-    y += tl.load(_line(c.work, GAIN_M, C))[None, :] * _dot(_matrix(m, o, i, O, I), at, PRECISION)
-    tl.debug_barrier()
+def _found(c, layer, x, IN_WHOLE: tl.constexpr, PRECISION: tl.constexpr):
+    """What a chunk's start gives of a read at the stream x, before (M x) + gain_m (m x). Of a matrix that comes from a
+    start state only what it differs by is forgotten, and counts; that of the start is added if `IN_WHOLE`."""
+    y = _row(c, BEFORE) * _product(_of(layer, layer.M), _get(c, x, layer.i), PRECISION)
+    y += _row(c, GAIN_M) * _product(_of(layer, layer.m), _get(c, x, layer.i), PRECISION)
+    if layer.start is not None:
+        start = _product(_of(layer, layer.start), _get(c, x, layer.i), PRECISION)
+        y -= _row(c, BEFORE) * start
+        if IN_WHOLE:
+            y += start
     return y
 
 
 @jit
-def _solve(c, layer, y, o, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+def _solve(c, layer, y, PRECISION: tl.constexpr):
     """p of a layer, from what the chunk's start gives of reads at its inputs, into its stream."""
-    scores = tl.load(_square(c.work, GAIN, C)) * tl.load(_square(c.work, layer.S, C))
-    y -= _dot(_tokens(layer.d, o, CHUNK, C), scores, PRECISION)
-    tl.debug_barrier()
-    p = _dot(y, tl.load(_square(c.work, layer.inverse, C)), PRECISION)
-    _store_tokens(layer.p, p, o, CHUNK, C)
-    tl.debug_barrier()
+    y -= _product(_get(c, layer.d, layer.o), tl.load(_table(c, GAIN)) * tl.load(_table(c, layer.S)), PRECISION)
+    _put(c, layer.p, _product(y, tl.load(_table(c, layer.inverse)), PRECISION), layer.o)
 
 
 @jit
-def _layers(
-    c, m, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr, C: tl.constexpr, BE: tl.constexpr,
-    BH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A memory's writes in a chunk, eqs. 84 and 88: leaves in work both layers' x, d and p, and z. Where a layer has a
-    state to start from, its matrix has come from there, and what it has of a read at x is less that of the start."""
-    e, h = tl.arange(0, BE), tl.arange(0, BH)
-    hidden, out = _hidden_layer(c, m, E, H), _output_layer(c, m, E, H)
-    value = _tokens(c.v, e, CHUNK, C)
+def _layers(c, m, L2: tl.constexpr, SELF_VALUES: tl.constexpr, PRECISION: tl.constexpr):
+    """A memory's writes in a chunk, eqs. 84 and 88: leaves in work x, d and p of both its layers, and z."""
+    hidden, out = _hidden_layer(c, m), _output_layer(c, m)
     if SELF_VALUES:
-        value = tl.load(m.scale) * _normalized(_answer(c, m, value, E, H, CHUNK, C, BE, BH, PRECISION))
-    _store_tokens(out.d, -value, e, CHUNK, C)
-    tl.debug_barrier()
-    z = _dot(_matrix(m.W2, h, e, H, E), _tokens(c.k, e, CHUNK, C), PRECISION)
-    tl.debug_barrier()
+        value = tl.load(m.scale) * _normalized(_answer(c, m, c.v, PRECISION))
+    else:
+        value = _get(c, c.v, c.e)
+    _put(c, out.d, -value, c.e)
+    z = _product(_of(hidden, m.W2), _get(c, c.k, c.e), PRECISION)
     x = _silu(z)
-    _store_tokens(_tile(c, Z, H), z, h, CHUNK, C)
-    _store_tokens(out.x, x, h, CHUNK, C)
-    tl.store(_line(c.work, STEP_1, C), _step(tl.load(_line(c.work, ETA, C)), x))
-    tl.debug_barrier()
-    y = _dot(_matrix(m.W1, e, h, E, H), _tokens(out.x, h, CHUNK, C), PRECISION)
+    tl.store(_line(c, STEP_1), _step(tl.load(_line(c, ETA)), x))
+    _put(c, _tile(c, Z, c.H), z, c.h)
+    _put(c, out.x, x, c.h)
     if L2:
-        d = y + _tokens(c.k, e, CHUNK, C) + _tokens(out.d, e, CHUNK, C)
-        tl.debug_barrier()
-        _store_tokens(out.d, d, e, CHUNK, C)
-    y *= tl.load(_line(c.work, BEFORE, C))[None, :]
-    tl.debug_barrier()
-    y += tl.load(_line(c.work, GAIN_M, C))[None, :] * _dot(
-        _matrix(m.m1, e, h, E, H), _tokens(out.x, h, CHUNK, C), PRECISION
-    )
-    tl.debug_barrier()
-    _scores(c, out.x, STEP_1, S_1, INVERSE_1, h, CHUNK, C, PRECISION)
-    _solve(c, out, y, e, CHUNK, C, PRECISION)
-    d = _dot(tl.trans(_matrix(m.W1, e, h, E, H)), _tokens(out.d, e, CHUNK, C), PRECISION)
-    _store_tokens(hidden.d, d * _slope(_tokens(_tile(c, Z, H), h, CHUNK, C)), h, CHUNK, C)
-    tl.debug_barrier()
-    y = _found(c, m.W2, m.m2, c.k, h, e, H, E, CHUNK, C, PRECISION)
-    if m.S2 is not None:
-        start = _dot(_matrix(m.S2, h, e, H, E), _tokens(c.k, e, CHUNK, C), PRECISION)
-        y -= tl.load(_line(c.work, BEFORE, C))[None, :] * start
-        tl.debug_barrier()
-    _solve(c, hidden, y, h, CHUNK, C, PRECISION)
+        y = _product(_of(out, m.W1), _get(c, out.x, c.h), PRECISION)
+        _add(c, out.d, y + _get(c, c.k, c.e), c.e)
+    _scores(c, out, PRECISION)
+    _solve(c, out, _found(c, out, out.x, False, PRECISION), PRECISION)
+    d = _product(tl.trans(_of(out, m.W1)), _get(c, out.d, c.e), PRECISION)
+    _put(c, hidden.d, d * _slope(_get(c, _tile(c, Z, c.H), c.h)), c.h)
+    _solve(c, hidden, _found(c, hidden, c.k, False, PRECISION), PRECISION)
+    return hidden, out
 
 
 @jit
-def _read(c, layer, q, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+def _read(c, layer, q, PRECISION: tl.constexpr):
     """M_{t-1} q_t of a layer, a tile, for the stream q."""
-    O, I = layer.O, layer.I
-    y = _found(c, layer.M, layer.m, q, o, i, O, I, CHUNK, C, PRECISION)
-    if layer.start is not None:
-        rest = 1.0 - tl.load(_line(c.work, BEFORE, C))
-        start = _dot(_matrix(layer.start, o, i, O, I), _tokens(q, i, CHUNK, C), PRECISION)
-        y += rest[None, :] * start
-        tl.debug_barrier()
-    S = _read_scores(c, layer, q, i, CHUNK, C, PRECISION)
-    y -= _dot(_tokens(layer.d, o, CHUNK, C), tl.load(_square(c.work, GAIN, C)) * S, PRECISION)
-    tl.debug_barrier()
-    y -= _dot(_tokens(layer.p, o, CHUNK, C), tl.load(_square(c.work, BETWEEN, C)) * S, PRECISION)
-    tl.debug_barrier()
-    return y
+    y, S = _found(c, layer, q, True, PRECISION), _read_scores(c, layer, q, PRECISION)
+    y -= _product(_get(c, layer.d, layer.o), tl.load(_table(c, GAIN)) * S, PRECISION)
+    return y - _product(_get(c, layer.p, layer.o), tl.load(_table(c, BETWEEN)) * S, PRECISION)
 
 
 @jit
-def _read_scores(c, layer, q, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    xe = _tokens(layer.x, i, CHUNK, C) * tl.load(_line(c.work, layer.step, C))[None, :]
-    S = _dot(tl.trans(xe), _tokens(q, i, CHUNK, C), PRECISION)
-    tl.debug_barrier()
-    return S
+def _read_scores(c, layer, q, PRECISION: tl.constexpr):
+    return _product(tl.trans(_get(c, layer.x, layer.i) * _row(c, layer.step)), _get(c, q, layer.i), PRECISION)
 
 
 @jit
-def _end(c, layer, to_M, to_m, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+def _read_hidden(c, hidden, PRECISION: tl.constexpr):
+    """What queries read of W2, into tile READ, and silu of it, into SILU, which is returned."""
+    r = _read(c, hidden, c.q, PRECISION)
+    _put(c, _tile(c, READ, c.H), r, c.h)
+    _put(c, _tile(c, SILU, c.H), _silu(r), c.h)
+    return _tile(c, SILU, c.H)
+
+
+@jit
+def _end(c, layer, to_M, to_m, PRECISION: tl.constexpr):
     """A layer's matrix and momentum at the chunk's end."""
-    work, O, I = c.work, layer.O, layer.I
-    ends = work + ENDS * C
-    xe = tl.trans(_tokens(layer.x, i, CHUNK, C) * tl.load(_line(work, layer.step, C))[None, :])
-    d = _tokens(layer.d, o, CHUNK, C)
-    m = _matrix(layer.m, o, i, O, I)
-    _store_matrix(
-        to_m, tl.load(ends + 2) * m - _dot(tl.load(_line(work, KEEP, C))[None, :] * d, xe, PRECISION), o, i, O, I
-    )
-    tl.debug_barrier()
-    writes = tl.load(_line(work, GAIN_END, C))[None, :] * d
-    writes += tl.load(_line(work, AFTER, C))[None, :] * _tokens(layer.p, o, CHUNK, C)
-    M = tl.load(ends) * _matrix(layer.M, o, i, O, I) + tl.load(ends + 1) * m - _dot(writes, xe, PRECISION)
+    ends = c.work + ENDS * c.t.shape[0]
+    xe = tl.trans(_get(c, layer.x, layer.i) * _row(c, layer.step))
+    m = tl.load(ends + 2) * _of(layer, layer.m)
+    m -= _product(_row(c, KEEP) * _get(c, layer.d, layer.o), xe, PRECISION)
+    _store_matrix(to_m, m, layer.o, layer.i, layer.O, layer.I)
+    M = tl.load(ends) * _of(layer, layer.M) + tl.load(ends + 1) * _of(layer, layer.m)
+    M -= _product(_writes(c, layer), xe, PRECISION)
     if layer.start is not None:
-        M += (1.0 - tl.load(ends)) * _matrix(layer.start, o, i, O, I)
-    _store_matrix(to_M, M, o, i, O, I)
+        M += (1.0 - tl.load(ends)) * _of(layer, layer.start)
+    _store_matrix(to_M, M, layer.o, layer.i, layer.O, layer.I)
     tl.debug_barrier()
+
+
+@jit
+def _writes(c, layer):
+    """What has been written at every token, as the matrix has it at the chunk's end."""
+    return _row(c, GAIN_END) * _get(c, layer.d, layer.o) + _row(c, AFTER) * _get(c, layer.p, layer.o)
 
 
 @jit
@@ -452,20 +454,19 @@ def _at_head(eta_read, eta_bias, alpha_read, alpha_bias, head, E):
 def _layer_forward(
     u, k, v, q, eta, alpha, theta, at, states, S2, scale, eta_read, eta_bias, alpha_read, alpha_bias, Y, work,
     chunks, slots, heads, memories, adaptive, u_next, u_row, k_row, v_row, q_row, work_size,
-    E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr, QK_NORM: tl.constexpr, HIDDEN_RATE: tl.constexpr,
-    C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr,
+    QK_NORM: tl.constexpr, HIDDEN_RATE: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`memory_layer`. Grid (sequences x heads); at: (n, 7), where each one's part of the first seven begins; states:
     (slots, 4, n, memories, E H), the first one given, those at the start of chunk i in slot i modulo `slots`."""
-    n = tl.program_id(0).to(tl.int64)
-    head, e, h = n % heads, tl.arange(0, BE), tl.arange(0, BH)
+    n, size = tl.program_id(0).to(tl.int64), E * H
+    head, plane = n % heads, tl.num_programs(0).to(tl.int64) * memories * size
     x = _at_program(u, k, v, q, eta, alpha, theta, at + n * 7, u_next, u_row, k_row, v_row, q_row)
     gates = _at_head(eta_read, eta_bias, alpha_read, alpha_bias, head, E)
-    plane = tl.num_programs(0).to(tl.int64) * memories * E * H
-    states += n * memories * E * H
-    S2 = S2 if S2 is None else S2 + head * memories * E * H
+    states, work = states + n * memories * size, work + n * work_size
+    S2 = S2 if S2 is None else S2 + head * memories * size
     scale = scale if scale is None else scale + head * memories
-    work += n * work_size
     for chunk in tl.range(0, chunks, disable_licm=True):
         now, new = states + chunk % slots * 4 * plane, states + (chunk + 1) % slots * 4 * plane
         s = chunk * CHUNK
@@ -473,173 +474,108 @@ def _layer_forward(
             x, gates, now, plane, work, s, adaptive, E, H, CHUNK, QK_NORM, HIDDEN_RATE, C, BE, BH, PRECISION
         )
         for j in tl.range(0, memories, disable_licm=True):
-            m, to = _memory(now, plane, j, scale, S2, E, H), _memory(new, plane, j, scale, S2, E, H)
-            _layers(c, m, E, H, CHUNK, L2, SELF_VALUES, C, BE, BH, PRECISION)
-            hidden, out = _hidden_layer(c, m, E, H), _output_layer(c, m, E, H)
+            m, to = _memory(now, plane, j, scale, S2, size), _memory(new, plane, j, None, None, size)
+            hidden, out = _layers(c, m, L2, SELF_VALUES, PRECISION)
             if j == memories - 1:
-                r = _read(c, hidden, c.q, h, e, CHUNK, C, PRECISION)
-                _store_tokens(_tile(c, READ, H), _silu(r), h, CHUNK, C)
-                tl.debug_barrier()
-                y = _read(c, out, _tile(c, READ, H), e, h, CHUNK, C, PRECISION) + _tokens(c.q, e, CHUNK, C)
-                _store_tokens(_Stream(Y + (n * chunks * CHUNK + s) * E, E, E), y, e, CHUNK, C)
-            _end(c, hidden, to.W2, to.m2, h, e, CHUNK, C, PRECISION)
-            _end(c, out, to.W1, to.m1, e, h, CHUNK, C, PRECISION)
+                y = _read(c, out, _read_hidden(c, hidden, PRECISION), PRECISION) + _get(c, c.q, c.e)
+                _put(c, _Stream(Y + (n * chunks * CHUNK + s) * E, E, E), y, c.e)
+            _end(c, hidden, to.W2, to.m2, PRECISION)
+            _end(c, out, to.W1, to.m1, PRECISION)
 
 
 # ---- Backward ----
 
 
 @jit
-def _layer_backward(
-    c, layer, to, q, dr, read, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def _layer_backward(c, layer, to, q, dr, read, PRECISION: tl.constexpr):
     """Of `_end`, and of `_read` at the stream q with the gradient dr if `read`, and of the `_solve` before them. In the
-    letters of `kernels._chunk_backward`: E and E_m are the gradients of the chunk's end, U = E (step x)^T, dz that of what
-    the solve turns into p. Turns E and E_m, in the `_Back` to, into those of the chunk's start; puts the gradients of d,
-    x and q into streams; adds those of the start, of steps and gates to what is there. Returns that of the steps."""
-    work, O, I = c.work, layer.O, layer.I
-    step = tl.load(_line(work, layer.step, C))
-    xe = _tokens(layer.x, i, CHUNK, C) * step[None, :]
-    U = _dot(_matrix(to.M, o, i, O, I), xe, PRECISION)
-    tl.debug_barrier()
-    dz = -tl.load(_line(work, AFTER, C))[None, :] * U
-    d = _tokens(layer.d, o, CHUNK, C)
-    _add(_line(work, D_AFTER, C), -tl.sum(_tokens(layer.p, o, CHUNK, C) * U, 0), C)
-    _add(_line(work, D_GAIN_END, C), -tl.sum(d * U, 0), C)
-    dd = -tl.load(_line(work, GAIN_END, C))[None, :] * U
-    tl.debug_barrier()
-    U = _dot(_matrix(to.m, o, i, O, I), xe, PRECISION)
-    tl.debug_barrier()
-    _add(_line(work, D_KEEP, C), -tl.sum(d * U, 0), C)
-    dd -= tl.load(_line(work, KEEP, C))[None, :] * U
+    letters of `kernels._chunk_backward`: E and E_m are the gradients of the chunk's end, U = E (step x)^T, dz that of
+    what the solve turns into p. Turns E and E_m, in the `_Back` to, into those of the chunk's start; puts the gradients
+    of d, x and q into streams; adds those of the start and of gates to what is there. Returns that of the steps."""
+    o, i = layer.o, layer.i
+    to_z, to_end = _tile(c, DZ, layer.O), _row(c, AFTER)
+    U = _product(_of(layer, to.M), _get(c, layer.x, i) * _row(c, layer.step), PRECISION)
+    _add_to(_line(c, D_AFTER), -tl.sum(_get(c, layer.p, o) * U, 0))
+    _add_to(_line(c, D_GAIN_END), -tl.sum(_get(c, layer.d, o) * U, 0))
+    dz, dd = -to_end * U, -_row(c, GAIN_END) * U
+    U = _product(_of(layer, to.m), _get(c, layer.x, i) * _row(c, layer.step), PRECISION)
+    _add_to(_line(c, D_KEEP), -tl.sum(_get(c, layer.d, o) * U, 0))
+    dd -= _row(c, KEEP) * U
     if read:
-        S = _read_scores(c, layer, q, i, CHUNK, C, PRECISION)
-        y = _tokens(dr, o, CHUNK, C)
-        dd -= _dot(y, tl.trans(tl.load(_square(work, GAIN, C)) * S), PRECISION)
-        tl.debug_barrier()
-        dz -= _dot(y, tl.trans(tl.load(_square(work, BETWEEN, C)) * S), PRECISION)
-        tl.debug_barrier()
-    dz = _dot(dz, tl.trans(tl.load(_square(work, layer.inverse, C))), PRECISION)
-    to_z = _Stream(c.tiles + DZ * c.slot, O, O)
-    _store_tokens(to_z, dz, o, CHUNK, C)
-    tl.debug_barrier()
-    scores = tl.load(_square(work, GAIN, C)) * tl.load(_square(work, layer.S, C))
-    dd -= _dot(dz, tl.trans(scores), PRECISION)
-    _store_tokens(to.d, dd, o, CHUNK, C)
-    tl.debug_barrier()
-    _score_gradients(c, layer, tl.load(_square(work, layer.S, C)), to_z, D_S, o, CHUNK, C, PRECISION)
+        S = _read_scores(c, layer, q, PRECISION)
+        dd -= _product(_get(c, dr, o), tl.trans(tl.load(_table(c, GAIN)) * S), PRECISION)
+        dz -= _product(_get(c, dr, o), tl.trans(tl.load(_table(c, BETWEEN)) * S), PRECISION)
+    dz = _product(dz, tl.trans(tl.load(_table(c, layer.inverse))), PRECISION)
+    _put(c, to_z, dz, o)
+    scores = tl.load(_table(c, GAIN)) * tl.load(_table(c, layer.S))
+    _put(c, to.d, dd - _product(_get(c, to_z, o), tl.trans(scores), PRECISION), o)
+    _score_gradients(c, layer, tl.load(_table(c, layer.S)), to_z, D_S, PRECISION)
     if read:
-        S = _read_scores(c, layer, q, i, CHUNK, C, PRECISION)
-        _score_gradients(c, layer, S, dr, D_S_READ, o, CHUNK, C, PRECISION)
-        dq = _read_backward(c, layer, q, dr, D_S_READ, o, i, CHUNK, C, PRECISION)
-        _store_tokens(to.q, dq, i, CHUNK, C)
-        tl.debug_barrier()
-    writes = tl.load(_line(work, GAIN_END, C))[None, :] * _tokens(layer.d, o, CHUNK, C)
-    writes += tl.load(_line(work, AFTER, C))[None, :] * _tokens(layer.p, o, CHUNK, C)
-    dxe = -_dot(tl.trans(_matrix(to.M, o, i, O, I)), writes, PRECISION)
-    tl.debug_barrier()
-    writes = tl.load(_line(work, KEEP, C))[None, :] * _tokens(layer.d, o, CHUNK, C)
-    dxe -= _dot(tl.trans(_matrix(to.m, o, i, O, I)), writes, PRECISION)
-    tl.debug_barrier()
-    x = _tokens(layer.x, i, CHUNK, C)
-    dxe -= _dot(x, tl.trans(tl.load(_square(work, D_S, C))), PRECISION)
-    tl.debug_barrier()
+        _score_gradients(c, layer, _read_scores(c, layer, q, PRECISION), dr, D_S_READ, PRECISION)
+        _put(c, to.q, _read_backward(c, layer, q, dr, D_S_READ, PRECISION), i)
+    dxe = -_product(tl.trans(_of(layer, to.M)), _writes(c, layer), PRECISION)
+    dxe -= _product(tl.trans(_of(layer, to.m)), _row(c, KEEP) * _get(c, layer.d, o), PRECISION)
+    dxe -= _product(_get(c, layer.x, i), tl.trans(tl.load(_table(c, D_S))), PRECISION)
     if read:
-        dxe -= _dot(_tokens(q, i, CHUNK, C), tl.trans(tl.load(_square(work, D_S_READ, C))), PRECISION)
-        tl.debug_barrier()
-    d_step = tl.sum(dxe * x, 0)
-    _store_tokens(to.x, dxe * step[None, :], i, CHUNK, C)
-    tl.debug_barrier()
-    dx = _read_backward(c, layer, layer.x, to_z, D_S, o, i, CHUNK, C, PRECISION)
-    _add_tokens(to.x, dx, i, CHUNK, C)
-    _start_backward(c, layer, to, q, dr, to_z, read, o, i, CHUNK, C, PRECISION)
+        dxe -= _product(_get(c, q, i), tl.trans(tl.load(_table(c, D_S_READ))), PRECISION)
+    d_step = tl.sum(dxe * _get(c, layer.x, i), 0)
+    _put(c, to.x, dxe * _row(c, layer.step), i)
+    _add(c, to.x, _read_backward(c, layer, layer.x, to_z, D_S, PRECISION), i)
+    _start_backward(c, layer, to, q, dr, to_z, read, PRECISION)
     return d_step
 
 
 @jit
-def _score_gradients(
-    c, layer, S, dy, place, o, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """Of reads with scores S and the gradient dy: that of S without its sign, into work; adds those of between and gain."""
-    y = _tokens(dy, o, CHUNK, C)
-    of = _dot(tl.trans(_tokens(layer.d, o, CHUNK, C)), y, PRECISION)
-    tl.debug_barrier()
-    minus_dS = tl.load(_square(c.work, GAIN, C)) * of
-    _add(_square(c.work, D_GAIN, C), -S * of, C)
-    tl.debug_barrier()
-    of = _dot(tl.trans(_tokens(layer.p, o, CHUNK, C)), y, PRECISION)
-    tl.debug_barrier()
-    minus_dS += tl.load(_square(c.work, BETWEEN, C)) * of
-    _add(_square(c.work, D_BETWEEN, C), -S * of, C)
-    tl.store(_square(c.work, place, C), minus_dS)
+def _score_gradients(c, layer, S, dy, place, PRECISION: tl.constexpr):
+    """Of reads with scores S and gradient dy: that of S without its sign, into work; adds those of between and gain."""
+    of = _product(tl.trans(_get(c, layer.d, layer.o)), _get(c, dy, layer.o), PRECISION)
+    _add_to(_table(c, D_GAIN), -S * of)
+    minus_dS = tl.load(_table(c, GAIN)) * of
+    of = _product(tl.trans(_get(c, layer.p, layer.o)), _get(c, dy, layer.o), PRECISION)
+    _add_to(_table(c, D_BETWEEN), -S * of)
+    tl.store(_table(c, place), minus_dS + tl.load(_table(c, BETWEEN)) * of)
     tl.debug_barrier()
 
 
 @jit
-def _read_backward(
-    c, layer, at, dy, scores, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """The gradient of what is read at, `at`, from that of the reads, dy, but for what its scores do as those of writes;
-    adds those of before and gain_m."""
-    work, O, I = c.work, layer.O, layer.I
-    y = _dot(tl.trans(_matrix(layer.M, o, i, O, I)), _tokens(dy, o, CHUNK, C), PRECISION)
-    tl.debug_barrier()
-    d_at = tl.load(_line(work, BEFORE, C))[None, :] * y
+def _read_backward(c, layer, at, dy, scores, PRECISION: tl.constexpr):
+    """The gradient of the stream `at` from that of reads there, dy, where these see what `_found` without `IN_WHOLE`
+    and the scores do of it; adds those of before and gain_m."""
+    x, dy = _get(c, at, layer.i), _get(c, dy, layer.o)
+    y = _product(tl.trans(_of(layer, layer.M)), dy, PRECISION)
     if layer.start is not None:
-        of_start = _dot(tl.trans(_matrix(layer.start, o, i, O, I)), _tokens(dy, o, CHUNK, C), PRECISION)
-        y -= of_start
-        d_at -= tl.load(_line(work, BEFORE, C))[None, :] * of_start
-        tl.debug_barrier()
-    x = _tokens(at, i, CHUNK, C)
-    _add(_line(work, D_BEFORE, C), tl.sum(x * y, 0), C)
-    y = _dot(tl.trans(_matrix(layer.m, o, i, O, I)), _tokens(dy, o, CHUNK, C), PRECISION)
-    tl.debug_barrier()
-    d_at += tl.load(_line(work, GAIN_M, C))[None, :] * y
-    _add(_line(work, D_GAIN_M, C), tl.sum(x * y, 0), C)
-    tl.debug_barrier()
-    xe = _tokens(layer.x, i, CHUNK, C) * tl.load(_line(work, layer.step, C))[None, :]
-    d_at -= _dot(xe, tl.load(_square(work, scores, C)), PRECISION)
-    tl.debug_barrier()
-    return d_at
+        y -= _product(tl.trans(_of(layer, layer.start)), dy, PRECISION)
+    _add_to(_line(c, D_BEFORE), tl.sum(x * y, 0))
+    d_at = _row(c, BEFORE) * y
+    y = _product(tl.trans(_of(layer, layer.m)), dy, PRECISION)
+    _add_to(_line(c, D_GAIN_M), tl.sum(x * y, 0))
+    d_at += _row(c, GAIN_M) * y
+    return d_at - _product(_get(c, layer.x, layer.i) * _row(c, layer.step), tl.load(_table(c, scores)), PRECISION)
 
 
 @jit
-def _start_backward(
-    c, layer, to, q, dr, dz, read, o, i, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def _start_backward(c, layer, to, q, dr, dz, read, PRECISION: tl.constexpr):
     """The gradients of matrix and momentum at the chunk's start, and of what the matrix starts from."""
-    work, O, I = c.work, layer.O, layer.I
-    ends, t = work + ENDS * C, tl.arange(0, C)
-    E, E_m, m = _matrix(to.M, o, i, O, I), _matrix(to.m, o, i, O, I), _matrix(layer.m, o, i, O, I)
-    change = _matrix(layer.M, o, i, O, I)
+    ends, t = c.work + ENDS * c.t.shape[0], c.t
+    o, i, O, I = layer.o, layer.i, layer.O, layer.I
+    E, E_m, m, change = _of(layer, to.M), _of(layer, to.m), _of(layer, layer.m), _of(layer, layer.M)
     if layer.start is not None:
-        change -= _matrix(layer.start, o, i, O, I)
+        change -= _of(layer, layer.start)
     d_ends = tl.where(t == 0, tl.sum(change * E), tl.where(t == 1, tl.sum(m * E), tl.sum(m * E_m)))
-    _add(_line(work, D_ENDS, C), tl.where(t < 3, d_ends, 0.0), C)
+    _add_to(_line(c, D_ENDS), tl.where(t < 3, d_ends, 0.0))
     tl.debug_barrier()
     dm = tl.load(ends + 2) * E_m + tl.load(ends + 1) * E
-    y, x = tl.load(_line(work, GAIN_M, C))[None, :] * _tokens(dz, o, CHUNK, C), tl.trans(_tokens(layer.x, i, CHUNK, C))
-    dm += _dot(y, x, PRECISION)
-    tl.debug_barrier()
+    dm += _product(_row(c, GAIN_M) * _get(c, dz, o), tl.trans(_get(c, layer.x, i)), PRECISION)
     if read:
-        y, x = tl.load(_line(work, GAIN_M, C))[None, :] * _tokens(dr, o, CHUNK, C), tl.trans(_tokens(q, i, CHUNK, C))
-        dm += _dot(y, x, PRECISION)
-        tl.debug_barrier()
+        dm += _product(_row(c, GAIN_M) * _get(c, dr, o), tl.trans(_get(c, q, i)), PRECISION)
     _store_matrix(to.m, dm, o, i, O, I)
-    tl.debug_barrier()
-    dM = tl.load(ends) * E
-    y, x = tl.load(_line(work, BEFORE, C))[None, :] * _tokens(dz, o, CHUNK, C), tl.trans(_tokens(layer.x, i, CHUNK, C))
-    dM += _dot(y, x, PRECISION)
-    tl.debug_barrier()
+    dM = tl.load(ends) * E + _product(_row(c, BEFORE) * _get(c, dz, o), tl.trans(_get(c, layer.x, i)), PRECISION)
     if read:
-        y, x = tl.load(_line(work, BEFORE, C))[None, :] * _tokens(dr, o, CHUNK, C), tl.trans(_tokens(q, i, CHUNK, C))
-        dM += _dot(y, x, PRECISION)
-        tl.debug_barrier()
+        dM += _product(_row(c, BEFORE) * _get(c, dr, o), tl.trans(_get(c, q, i)), PRECISION)
     if layer.start is not None:
-        d_start = _matrix(to.M, o, i, O, I) - dM
+        d_start = _of(layer, to.M) - dM
         if read:
-            d_start += _dot(_tokens(dr, o, CHUNK, C), tl.trans(_tokens(q, i, CHUNK, C)), PRECISION)
-            tl.debug_barrier()
+            d_start += _product(_get(c, dr, o), tl.trans(_get(c, q, i)), PRECISION)
         _add_matrix(to.start, d_start, o, i, O, I)
     tl.debug_barrier()
     _store_matrix(to.M, dM, o, i, O, I)
@@ -648,91 +584,79 @@ def _start_backward(
 
 @jit
 def _memory_backward(
-    c, m, d, d_scale, dk, dv, dq, dy, read, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr,
-    HIDDEN_RATE: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Turns the gradients of a memory's matrices at the chunk's end, in the `_Memory` d, into those at its start; adds to
-    those of its start state and scale, to the streams dk, dv, dq, and to those of eta and gates in work."""
-    e, h = tl.arange(0, BE), tl.arange(0, BH)
-    _layers(c, m, E, H, CHUNK, L2, SELF_VALUES, C, BE, BH, PRECISION)
-    hidden, out = _hidden_layer(c, m, E, H), _output_layer(c, m, E, H)
-    z, r, dr = _tile(c, Z, H), _tile(c, READ, H), _tile(c, D_READ, H)
+    c,
+    m,
+    d,
+    dk,
+    dv,
+    dq,
+    dy,
+    read,
+    L2: tl.constexpr,
+    SELF_VALUES: tl.constexpr,
+    HIDDEN_RATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Turns the gradients of a memory's matrices at the chunk's end, in the `_Memory` d, into those at its start; adds
+    to those of its start state and scale, to the streams dk, dv, dq, and to those of eta and gates in work."""
+    hidden, out = _layers(c, m, L2, SELF_VALUES, PRECISION)
+    dd_1, dd_2, dh, d_keys = _tile(c, DD_1, c.E), _tile(c, DD_2, c.H), _tile(c, D_HIDDEN, c.H), _tile(c, D_KEYS, c.E)
+    r, dr = _tile(c, SILU, c.H), _tile(c, D_READ, c.H)
     if read:
-        tile = _read(c, hidden, c.q, h, e, CHUNK, C, PRECISION)
-        _store_tokens(r, _silu(tile), h, CHUNK, C)
-        _store_tokens(_tile(c, D_KEYS, H), tile, h, CHUNK, C)
-        tl.debug_barrier()
-    dd1, dh, dd2, d_keys = _tile(c, D_D1, E), _tile(c, D_HIDDEN, H), _tile(c, D_D2, H), _tile(c, D_KEYS, E)
-    d_step = _layer_backward(c, out, _Back(d.W1, d.m1, None, dd1, dh, dr), r, dy, read, e, h, CHUNK, C, PRECISION)
-    x, eta = _tokens(out.x, h, CHUNK, C), tl.load(_line(c.work, ETA, C))
-    d_eta, dx = _step_backward(eta, x, d_step)
-    _add(_line(c.work, D_ETA, C), d_eta, C)
-    _add_tokens(dh, dx, h, CHUNK, C)
+        _read_hidden(c, hidden, PRECISION)
+    d_step = _layer_backward(c, out, _Back(d.W1, d.m1, None, dd_1, dh, dr), r, dy, read, PRECISION)
+    eta = tl.load(_line(c, ETA))
+    d_eta, dx = _step_backward(eta, _get(c, out.x, c.h), d_step)
+    _add_to(_line(c, D_ETA), d_eta)
+    _add(c, dh, dx, c.h)
+    to_q = _tile(c, P_1, c.E)  # the output layer needs its p no more
     if read:
-        tile = _tokens(dr, h, CHUNK, C) * _slope(_tokens(_tile(c, D_KEYS, H), h, CHUNK, C))
+        slopes = _slope(_get(c, _tile(c, READ, c.H), c.h)) * _get(c, dr, c.h)
         tl.debug_barrier()
-        _store_tokens(dr, tile, h, CHUNK, C)
-        tl.debug_barrier()
-    to_q = _tile(c, P1, E)
-    d_step = _layer_backward(
-        c, hidden, _Back(d.W2, d.m2, d.S2, dd2, d_keys, to_q), c.q, dr, read, h, e, CHUNK, C, PRECISION
-    )
+        _put(c, dr, slopes, c.h)
+    d_step = _layer_backward(c, hidden, _Back(d.W2, d.m2, d.S2, dd_2, d_keys, to_q), c.q, dr, read, PRECISION)
     if read:
-        tile = _tokens(to_q, e, CHUNK, C)
+        d_queries = _get(c, to_q, c.e)
         if m.S2 is not None:
-            tile += _dot(tl.trans(_matrix(m.S2, h, e, H, E)), _tokens(dr, h, CHUNK, C), PRECISION)
-            tl.debug_barrier()
-        _add_tokens(dq, tile, e, CHUNK, C)
-    d_eta, tile = _step_backward(HIDDEN_RATE * eta, _tokens(c.k, e, CHUNK, C), d_step)
-    _add(_line(c.work, D_ETA, C), HIDDEN_RATE * d_eta, C)
-    tile += _tokens(d_keys, e, CHUNK, C)
-    _add_tokens(dk, tile, e, CHUNK, C)
-    # The inner loss's gradients: d2 = (W1^T d1) silu'(z).
-    zs, dd = _tokens(z, h, CHUNK, C), _tokens(dd2, h, CHUNK, C)
-    back = _dot(tl.trans(_matrix(m.W1, e, h, E, H)), _tokens(out.d, e, CHUNK, C), PRECISION)
+            d_queries += _product(tl.trans(_of(hidden, m.S2)), _get(c, dr, c.h), PRECISION)
+        _add(c, dq, d_queries, c.e)
+    d_eta, dx = _step_backward(HIDDEN_RATE * eta, _get(c, c.k, c.e), d_step)
+    _add_to(_line(c, D_ETA), HIDDEN_RATE * d_eta)
+    _add(c, dk, dx + _get(c, d_keys, c.e), c.e)
+    # Of the inner loss's gradients  d1 = k + y - value,  d2 = (W1^T d1) silu'(z),  then of  y = W1 silu(z),  z = W2 k.
+    z = _get(c, _tile(c, Z, c.H), c.h)
+    back = _product(tl.trans(_of(out, m.W1)), _get(c, out.d, c.e), PRECISION)
+    dz, d_back = _get(c, dd_2, c.h) * back * _bend(z), _get(c, dd_2, c.h) * _slope(z)
     tl.debug_barrier()
-    dz, d_back = dd * back * _bend(zs), dd * _slope(zs)
-    _store_tokens(dd2, d_back, h, CHUNK, C)  # from now on of W1^T d1
-    tl.debug_barrier()
-    _add_matrix(d.W1, _dot(_tokens(out.d, e, CHUNK, C), tl.trans(d_back), PRECISION), e, h, E, H)
-    d1 = _dot(_matrix(m.W1, e, h, E, H), _tokens(dd2, h, CHUNK, C), PRECISION)
-    _add_tokens(dd1, d1, e, CHUNK, C)
-    # d1 = k + y - value, y = W1 silu(z), z = W2 k.
+    _put(c, dd_2, d_back, c.h)
+    _add_matrix(d.W1, _product(_get(c, out.d, c.e), tl.trans(d_back), PRECISION), c.e, c.h, c.E, c.H)
+    _add(c, dd_1, _product(_of(out, m.W1), _get(c, dd_2, c.h), PRECISION), c.e)
     if L2:
-        d1 = _tokens(dd1, e, CHUNK, C)
-        _add_tokens(dk, d1, e, CHUNK, C)
-        _add_matrix(d.W1, _dot(d1, tl.trans(_tokens(out.x, h, CHUNK, C)), PRECISION), e, h, E, H)
-        tile = _dot(tl.trans(_matrix(m.W1, e, h, E, H)), _tokens(dd1, e, CHUNK, C), PRECISION)
-        _add_tokens(dh, tile, h, CHUNK, C)
-    dz += _tokens(dh, h, CHUNK, C) * _slope(zs)
-    _add_matrix(d.W2, _dot(dz, tl.trans(_tokens(c.k, e, CHUNK, C)), PRECISION), h, e, H, E)
-    tile = _dot(tl.trans(_matrix(m.W2, h, e, H, E)), dz, PRECISION)
-    _add_tokens(dk, tile, e, CHUNK, C)
-    d_value = -_tokens(dd1, e, CHUNK, C)
+        d1 = _get(c, dd_1, c.e)
+        _add(c, dk, d1, c.e)
+        _add_matrix(d.W1, _product(d1, tl.trans(_get(c, out.x, c.h)), PRECISION), c.e, c.h, c.E, c.H)
+        _add(c, dh, _product(tl.trans(_of(out, m.W1)), _get(c, dd_1, c.e), PRECISION), c.h)
+    dz += _get(c, dh, c.h) * _slope(z)
+    _add_matrix(d.W2, _product(dz, tl.trans(_get(c, c.k, c.e)), PRECISION), c.h, c.e, c.H, c.E)
+    _add(c, dk, _product(tl.trans(_of(hidden, m.W2)), dz, PRECISION), c.e)
+    d_value = -_get(c, dd_1, c.e)
     if SELF_VALUES:
-        value = _answer(c, m, _tokens(c.v, e, CHUNK, C), E, H, CHUNK, C, BE, BH, PRECISION)
-        tl.debug_barrier()
-        more = tl.sum(d_value * _normalized(value))
+        value = _answer(c, m, c.v, PRECISION)
+        _add_to(d.scale, tl.sum(d_value * _normalized(value)))
         d_value = _normalized_backward(value, tl.load(m.scale) * d_value)
-        d_value = _answer_backward(c, m, d, c.v, d_value, E, H, CHUNK, C, BE, BH, PRECISION)
-        tl.debug_barrier()
-        tl.store(d_scale, tl.load(d_scale) + more)
-    _add_tokens(dv, d_value, e, CHUNK, C)
+        d_value = _answer_backward(c, m, d, c.v, d_value, PRECISION)
+    _add(c, dv, d_value, c.e)
 
 
 @jit
-def _gate_backward(
-    read, d_read, d_bias, at, to, d, E: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr, BE: tl.constexpr
-):
-    """Of `_gate`, with the gradient d (C,) of what it returns: that of the tile at `at`, to `to`; adds to the others."""
-    e = tl.arange(0, BE)
-    weight = tl.load(read + e, mask=e < E, other=0.0)
-    _store_tokens(_Stream(to, E, E), weight[:, None] * d[None, :], e, CHUNK, C)
-    more = tl.sum(_tokens(_Stream(at, E, E), e, CHUNK, C) * d[None, :], 1)
-    tl.store(d_read + e, tl.load(d_read + e, mask=e < E, other=0.0) + more, mask=e < E)
-    more = tl.sum(tl.where(tl.arange(0, C) < CHUNK, d, 0.0))
-    tl.store(d_bias, tl.load(d_bias) + more)
-    tl.debug_barrier()
+def _gate_backward(c, read, at, to, d, d_read, d_bias):
+    """Of `_gate`, with the gradient d (C,) of what it returns: that of the tile at `at` to `to`; adds to the others."""
+    there = c.e < c.E
+    weight = tl.load(read + c.e, mask=there, other=0.0)
+    more = tl.sum(_get(c, _Stream(at, c.E, c.E), c.e) * d[None, :], 1)
+    tl.store(d_read + c.e, tl.load(d_read + c.e, mask=there, other=0.0) + more, mask=there)
+    _add_to(d_bias, tl.sum(tl.where(c.t < c.length, d, 0.0)))
+    _put(c, _Stream(to, c.E, c.E), weight[:, None] * d[None, :], c.e)
 
 
 @partial(jit, do_not_specialize=COUNTS)
@@ -741,98 +665,85 @@ def _layer_backward_chunks(
     dY, du, dk, dv, dq, d_eta, d_alpha, d_theta, d_states, dS2, d_scale, d_eta_read, d_eta_bias, d_alpha_read,
     d_alpha_bias, work,
     chunks, heads, memories, adaptive, u_next, u_row, k_row, v_row, q_row, work_size,
-    E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr, QK_NORM: tl.constexpr, HIDDEN_RATE: tl.constexpr,
-    C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+    E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, L2: tl.constexpr, SELF_VALUES: tl.constexpr,
+    QK_NORM: tl.constexpr, HIDDEN_RATE: tl.constexpr, C: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of `_layer_forward`, with the states of all chunks, on the same grid: from the last chunk on.
     d_states (4, n, memories, E H) comes as the gradients of the end and leaves as those of the start. du (n, s,
     adaptive, E), dk, dv, dq (n, s, E), d_eta, d_alpha, d_theta (n, s); of what sequences share each program has its own
     part: dS2 (n, memories, E H), d_scale (n, memories), d_.._read (n, E), d_.._bias (n,), which come as 0."""
-    n = tl.program_id(0).to(tl.int64)
-    head, e, t = n % heads, tl.arange(0, BE), tl.arange(0, C)
+    n, size = tl.program_id(0).to(tl.int64), E * H
+    head, plane = n % heads, tl.num_programs(0).to(tl.int64) * memories * size
     x = _at_program(u, k, v, q, eta, alpha, theta, at + n * 7, u_next, u_row, k_row, v_row, q_row)
     gates = _at_head(eta_read, eta_bias, alpha_read, alpha_bias, head, E)
-    size = E * H
-    plane = tl.num_programs(0).to(tl.int64) * memories * size
-    states, d_states = states + n * memories * size, d_states + n * memories * size
+    d_gates = _at_head(d_eta_read, d_eta_bias, d_alpha_read, d_alpha_bias, n, E)
+    states, d_states, work = states + n * memories * size, d_states + n * memories * size, work + n * work_size
     S2 = S2 if S2 is None else S2 + head * memories * size
     scale = scale if scale is None else scale + head * memories
     dS2 = dS2 if dS2 is None else dS2 + n * memories * size
     d_scale = d_scale if d_scale is None else d_scale + n * memories
-    work += n * work_size
-    reads = work + (LINES + SQUARES * C) * C
+    reads, t = work + (LINES + TABLES * C) * C, tl.arange(0, C)
     found, back = _reads_at(x, reads, E * C), _reads_at(x, reads + adaptive * E * C, E * C)
-    first = n * chunks * CHUNK  # token
     for i in tl.range(0, chunks, disable_licm=True):
         chunk = chunks - 1 - i
         now, s = states + chunk * 4 * plane, chunk * CHUNK
+        first = n * chunks * CHUNK + s  # token, of all
         c = _begin_chunk(
             x, gates, now, plane, work, s, adaptive, E, H, CHUNK, QK_NORM, HIDDEN_RATE, C, BE, BH, PRECISION
         )
-        to_k = _Stream(back.k, E, E) if dk is None else _Stream(dk + (first + s) * E, E, E)
-        to_v = _Stream(back.v, E, E) if dv is None else _Stream(dv + (first + s) * E, E, E)
-        to_q = _Stream(back.q, E, E) if dq is None else _Stream(dq + (first + s) * E, E, E)
-        dy, zeros = _Stream(dY + (first + s) * E, E, E), tl.zeros((BE, C), tl.float32)
-        _store_tokens(to_k, zeros, e, CHUNK, C)
-        _store_tokens(to_v, zeros, e, CHUNK, C)
-        _store_tokens(to_q, _tokens(dy, e, CHUNK, C), e, CHUNK, C)
-        tl.store(_square(work, D_BETWEEN, C), tl.zeros((C, C), tl.float32))
-        tl.store(_square(work, D_GAIN, C), tl.zeros((C, C), tl.float32))
+        to_k = _Stream(back.k if dk is None else dk + first * E, E, E)
+        to_v = _Stream(back.v if dv is None else dv + first * E, E, E)
+        to_q = _Stream(back.q if dq is None else dq + first * E, E, E)
+        dy, zeros = _Stream(dY + first * E, E, E), tl.zeros((BE, C), tl.float32)
+        _put(c, to_k, zeros, c.e)
+        _put(c, to_v, zeros, c.e)
+        _put(c, to_q, _get(c, dy, c.e), c.e)
+        tl.store(_table(c, D_BETWEEN), tl.zeros((C, C), tl.float32))
+        tl.store(_table(c, D_GAIN), tl.zeros((C, C), tl.float32))
         for line in tl.static_range(D_BEFORE, LINES):
-            tl.store(_line(work, line, C), tl.zeros((C,), tl.float32))
+            tl.store(_line(c, line), tl.zeros((C,), tl.float32))
         tl.debug_barrier()
         for j in tl.range(0, memories, disable_licm=True):
-            m, d = _memory(now, plane, j, scale, S2, E, H), _memory(d_states, plane, j, d_scale, dS2, E, H)
-            _memory_backward(
-                c, m, d, d.scale, to_k, to_v, to_q, dy, (j == memories - 1).to(tl.int32), E, H, CHUNK, L2, SELF_VALUES,
-                HIDDEN_RATE, C, BE, BH, PRECISION,
-            )  # fmt: skip
-        tl.debug_barrier()
-        da, dth = _chunk_gates_backward(c, x.theta + s, CHUNK, C, PRECISION)
-        tl.store(d_theta + first + s + t, dth, mask=t < CHUNK)
-        rate = tl.load(_line(work, D_ETA, C))
+            m, d = _memory(now, plane, j, scale, S2, size), _memory(d_states, plane, j, d_scale, dS2, size)
+            read = (j == memories - 1).to(tl.int32)
+            _memory_backward(c, m, d, to_k, to_v, to_q, dy, read, L2, SELF_VALUES, HIDDEN_RATE, PRECISION)
+        da, d_th = _chunk_gates_backward(c, x.theta + s, PRECISION)
+        tl.store(d_theta + first + t, d_th, mask=t < CHUNK)
+        d_rate = tl.load(_line(c, D_ETA))
         if eta is None:
-            rate *= tl.sigmoid(_gate(gates.eta_read, gates.eta_bias, found.eta, E, CHUNK, C, BE))
-            _gate_backward(
-                gates.eta_read, d_eta_read + n * E, d_eta_bias + n, found.eta, back.eta, rate, E, CHUNK, C, BE
-            )
+            d_rate *= tl.sigmoid(_gate(c, gates.eta_read, gates.eta_bias, found.eta))
+            _gate_backward(c, gates.eta_read, found.eta, back.eta, d_rate, d_gates.eta_read, d_gates.eta_bias)
         else:
-            tl.store(d_eta + first + s + t, rate, mask=t < CHUNK)
+            tl.store(d_eta + first + t, d_rate, mask=t < CHUNK)
         if alpha is None:
-            now_alpha = tl.load(_line(work, RETENTION, C))
-            _gate_backward(
-                gates.alpha_read, d_alpha_read + n * E, d_alpha_bias + n, found.alpha, back.alpha,
-                da * now_alpha * (1.0 - now_alpha), E, CHUNK, C, BE,
-            )  # fmt: skip
+            kept = tl.load(_line(c, RETENTION))
+            da *= kept * (1.0 - kept)
+            _gate_backward(c, gates.alpha_read, found.alpha, back.alpha, da, d_gates.alpha_read, d_gates.alpha_bias)
         else:
-            tl.store(d_alpha + first + s + t, da, mask=t < CHUNK)
-        tl.debug_barrier()
+            tl.store(d_alpha + first + t, da, mask=t < CHUNK)
         if u is not None:
             for j in tl.range(0, adaptive, disable_licm=True):
-                m, d = _memory(now, plane, j, None, None, E, H), _memory(d_states, plane, j, None, None, E, H)
-                at_u, row = _inputs(x, s, j, E), adaptive * E
-                y = _answer(c, m, _tokens(at_u, e, CHUNK, C), E, H, CHUNK, C, BE, BH, PRECISION)
-                tl.debug_barrier()
-                d_read = _tokens(_Stream(back.k + j * E * C, E, E), e, CHUNK, C)
+                m, d = _memory(now, plane, j, None, None, size), _memory(d_states, plane, j, None, None, size)
+                y = _answer(c, m, _inputs(x, s, j, E), PRECISION)
+                d_read = _get(c, _Stream(back.k + j * E * C, E, E), c.e)
                 d_read = tl.where(_normal(x, j, QK_NORM), _normalized_backward(y, d_read), d_read)
-                d_u = _answer_backward(c, m, d, at_u, d_read, E, H, CHUNK, C, BE, BH, PRECISION)
-                _store_tokens(_Stream(du + (first + s) * row + j * E, row, E), d_u, e, CHUNK, C)
-                tl.debug_barrier()
+                d_u, row = _answer_backward(c, m, d, _inputs(x, s, j, E), d_read, PRECISION), adaptive * E
+                _put(c, _Stream(du + first * row + j * E, row, E), d_u, c.e)
 
 
 @jit
-def _chunk_gates_backward(c, theta, CHUNK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+def _chunk_gates_backward(c, theta, PRECISION: tl.constexpr):
     """Gradients of alpha and theta (C,) from those in work."""
-    work = c.work
-    ends = work + D_ENDS * C
+    ends = c.work + D_ENDS * c.t.shape[0]
     d = _GateGradients(
-        tl.load(_square(work, D_BETWEEN, C)), tl.load(_square(work, D_GAIN, C)), tl.load(_line(work, D_BEFORE, C)),
-        tl.load(_line(work, D_GAIN_M, C)), tl.load(_line(work, D_AFTER, C)), tl.load(_line(work, D_GAIN_END, C)),
-        tl.load(_line(work, D_KEEP, C)), tl.load(ends), tl.load(ends + 1), tl.load(ends + 2),
+        tl.load(_table(c, D_BETWEEN)), tl.load(_table(c, D_GAIN)), tl.load(_line(c, D_BEFORE)),
+        tl.load(_line(c, D_GAIN_M)), tl.load(_line(c, D_AFTER)), tl.load(_line(c, D_GAIN_END)),
+        tl.load(_line(c, D_KEEP)), tl.load(ends), tl.load(ends + 1), tl.load(ends + 2),
     )  # fmt: skip
-    g = _gates(c.alpha, theta, CHUNK, True, PRECISION, C)
-    zeros, zero = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
-    return _gates_backward(g, theta, d, zeros, zero, True, PRECISION)
+    C: tl.constexpr = c.t.shape[0]
+    g, zero = _gates(c.alpha, theta, c.length, True, PRECISION, C), tl.zeros((C,), tl.float32)
+    return _gates_backward(g, theta, d, tl.zeros((C, C), tl.float32), zero, True, PRECISION)
 
 
 # ---- What hope.py calls ----
@@ -911,7 +822,7 @@ def _launched(inputs: Sequence[Tensor | None], chunk: int, adaptive: int, l2: bo
     u = streams[0]
     tile = lambda size: max(16, 1 << (size - 1).bit_length())
     C = tile(chunk)
-    work_size = (LINES.value + SQUARES.value * C + 2 * adaptive * E + TILES.value * max(E, H)) * C
+    work_size = (LINES.value + TABLES.value * C + 2 * adaptive * E + TILES.value * max(E, H)) * C
     sizes = dict(
         heads=h, memories=n, adaptive=adaptive, u_next=0 if u is None or u.shape[3] == 1 else u.stride(3), **rows,
         work_size=work_size, E=E, H=H, CHUNK=chunk, L2=l2, SELF_VALUES=self_values, QK_NORM=qk_norm,
@@ -995,7 +906,7 @@ def _products(shapes: Sequence, chunk: int, adaptive: int, l2: bool, self_values
     matrix, square, cube = E * H * chunk, chunk * chunk, chunk**3  # of a matrix, of scores, with a tile; of gates
     inverse = 2 * ((chunk > 16) + (chunk > 32)) * cube
     begin = 2 * reads * matrix + square * E + inverse + cube
-    layers = (6 + start + 2 * self_values) * matrix + square * (2 * E + 3 * H) + inverse
+    layers = (6 + start + l2 + 2 * self_values) * matrix + square * (2 * E + 3 * H) + inverse
     read_hidden = (2 + start) * matrix + square * (E + 2 * H)
     read = read_hidden + 2 * matrix + square * (2 * E + H)
     forward = begin + n * (layers + 4 * matrix) + read

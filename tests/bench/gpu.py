@@ -2,7 +2,7 @@
 step takes, by parts of a layer; and on a GPU, what is so (--measure, see measure.py).
 
     python tests/bench/gpu.py [--targets sm_75,sm_80,sm_90,sm_100,gfx942] [--sizes tiny,760m] [--arch hope]
-        [--kernels chunk,memory_scan,symmetric] [--out DIR] [--gpu]
+        [--kernels chunk,memory_scan,layer,symmetric] [--out DIR] [--gpu]
     python tests/bench/gpu.py --counts [--sizes 760m] [--arch hope]
     python tests/bench/gpu.py --measure [--dry] [--groups rates,kernels,...] [--out DIR]
 
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -32,6 +33,7 @@ from triton.compiler import ASTSource
 
 import hope
 import kernels
+import scan
 
 TARGETS = {
     **{f"sm_{a}": GPUTarget("cuda", a, 32) for a in (75, 80, 90, 100)},
@@ -86,6 +88,40 @@ def scan_call(m: hope.MemoryConfig, precision: str):
     return "memory_scan", fn, arguments(fn, none, constants), constants["BE"] // 16, 1
 
 
+def layer_inputs(m: hope.MemoryConfig, tokens: int) -> tuple[list, tuple]:
+    """What `scan.memory_layer`'s operations are given for one head: `scan.INPUTS`, without numbers, and flags. None if
+    the layer is not of their kind, whatever the device."""
+    n, e, hidden = 1 + len(m.adaptive), m.d_head, m.expand * m.d_head
+    shapes = dict.fromkeys("kvq", (1, 1, tokens, e)) | dict.fromkeys(("eta", "alpha", "theta"), (1, 1, tokens))
+    shapes = {name: shape for name, shape in shapes.items() if name not in m.adaptive}
+    if m.adaptive:
+        shapes["u"] = 1, 1, tokens, len(m.adaptive) if m.own_input else 1, e
+    shapes |= dict.fromkeys(("W2", "m2"), (1, 1, n, hidden, e)) | dict.fromkeys(("W1", "m1"), (1, 1, n, e, hidden))
+    shapes |= dict(start=(1, n, hidden, e)) if m.origin == "start" else {}
+    shapes |= dict(scale=(1, n, 1, 1)) if m.self_values else {}
+    for name in {"eta", "alpha"} & set(m.adaptive):
+        shapes |= {f"{name}_read": (1, 1, e), f"{name}_bias": (1, 1)}
+    inputs = [torch.empty(shapes[k], device="meta") if k in shapes else None for k in scan.INPUTS]
+    return inputs, (m.chunk, len(m.adaptive), m.objective == "l2", m.self_values, m.qk_norm, m.hidden_rate)
+
+
+def has_launch(m: hope.MemoryConfig) -> bool:
+    """Whether a GPU has a single launch for such a layer, and another for its backward pass."""
+    with patch.object(scan, "layers_by_triton", lambda z: True):
+        return scan.layer_fits(m, torch.zeros(1))
+
+
+def layer_calls(m: hope.MemoryConfig, precision: str):
+    """These launches."""
+    inputs, flags = layer_inputs(m, m.chunk)
+    constants = scan._launched(inputs, *flags)[1]
+    names = [{"start": "S2"}.get(name, name) for name, z in zip(scan.INPUTS, inputs) if z is None]
+    none = {*names, *(f"d{name}" for name in names), *(f"d_{name}" for name in names)}
+    for name, fn in (("forward", scan._layer_forward), ("backward", scan._layer_backward_chunks)):
+        args = arguments(fn, none, constants | dict(PRECISION=precision))
+        yield f"layer_{name}", fn, args, constants["num_warps"], constants["num_stages"]
+
+
 def newton_schulz_calls(precision: str):
     for dtype, p in (("fp32", precision), ("bf16", "half")):
         args = dict(X=f"*{dtype}", C=f"*{dtype}", Y=f"*{dtype}", M="i32", K="i32", beta="fp32", alpha="fp32")
@@ -95,8 +131,9 @@ def newton_schulz_calls(precision: str):
 
 def arguments(fn, none: set, constants: dict) -> dict:
     """Of a kernel: constants, None, int32 for numbers, and pointers to float32, or int64 for `at`."""
-    numbers = "c blocks memories readers O I E H t0 length heads adaptive u_next u_row x_row d_row k_row v_row q_row"
-    args = {k: "i32" if k in numbers.split() else "*i64" if k == "at" else "*fp32" for k in fn.arg_names}
+    numbers = "c blocks chunks slots memories readers O I E H t0 length heads adaptive u_next work_size".split()
+    number = lambda k: k in numbers or k.endswith("_row")
+    args = {k: "i32" if number(k) else "*i64" if k == "at" else "*fp32" for k in fn.arg_names}
     constant = {fn.arg_names[n] for n in fn.constexprs}
     return {k: constants[k] if k in constant else None if k in none else v for k, v in args.items()}
 
@@ -107,7 +144,9 @@ def build(fn, args: dict, warps: int, stages: int, target: str) -> dict:
     signature = {k: kind(k, v) for k, v in args.items()}
     constants = {k: v for k, v in args.items() if signature[k] == "constexpr"}
     even = lambda k: (
-        signature[k].startswith("*") or signature[k] == "i32" and (k in "OIEH" or k.endswith(("_row", "_next")))
+        signature[k].startswith("*")
+        or signature[k] == "i32"
+        and (k in "OIEH" or k.endswith(("_row", "_next", "_size")))
     )  # as they are at every size
     aligned = {(n,): [["tt.divisibility", 16]] for n, k in enumerate(args) if even(k)}
     source = ASTSource(fn, signature, constants, aligned)
@@ -160,9 +199,24 @@ def cost(kernel: str, m: hope.MemoryConfig, o: int, i: int, read: bool, tokens: 
         per_layer = state * (1 + d) + d * pairs
         macs = o * i * layers * (len(m.adaptive) + n * (1 + m.self_values)) + n * (layers - 1) * o * i
         macs += n * layers * per_layer + (m.read != "chunk") * layers * (state + pairs)
+    elif kernel in ("layer_forward", "layer_backward"):  # likewise
+        return layer_cost(kernel, m, tokens)
     else:
         raise ValueError(f"no kernel {kernel}")
     return 4.0 * numbers, 2.0 * c * macs
+
+
+def layer_cost(kernel: str, m: hope.MemoryConfig, tokens: int) -> tuple[float, float]:
+    """`cost` of a whole layer, or of its backward pass from the states of all chunks, as scan.py counts it."""
+    inputs, flags = layer_inputs(m, tokens)
+    Y, states = scan._forward_shapes(inputs, True, *flags)
+    multiplications = scan._products([None if z is None else z.shape for z in inputs], *flags[:4])
+    if kernel == "layer_forward":
+        moved = scan.traffic(scan.FORWARD, (inputs, True, *flags), (Y, states))
+        return moved, 2.0 * tokens / m.chunk * multiplications[0]
+    grads = Y, *inputs[7:11]
+    moved = scan.traffic(scan.BACKWARD, (inputs, states, grads, *flags), scan._backward_shapes(inputs, states, grads))
+    return moved, 2.0 * tokens / m.chunk * multiplications[1]
 
 
 def occupation(targets: list[str], sizes: list[str], arch: str, names: tuple[str, ...]) -> list[dict]:
@@ -175,6 +229,8 @@ def occupation(targets: list[str], sizes: list[str], arch: str, names: tuple[str
             m = hope.HopeConfig.preset(size, arch).memory
             launches = [(call, f"{o}x{i}") for o, i in shapes(m) for call in calls(m, o, i, precision)]
             launches += [(scan_call(m, precision), f"{m.d_head}x{m.d_head}")]
+            if has_launch(m):
+                launches += [(call, f"{m.d_head}x{m.d_head}") for call in layer_calls(m, precision)]
             launches += [(call, "any") for call in newton_schulz_calls(precision)]
             for (name, fn, args, warps, stages), memory in launches:
                 of = found.setdefault(repr((name, args, warps)), ((name, fn, args, warps, stages), set(), set()))
@@ -210,6 +266,9 @@ def floors(sizes: list[str], batch: int = 8, tokens: int = 2048) -> list[dict]:
             add(f"chunk_{name}", size, moved, 3 * flops, 1)  # three TF32 products for one in float32
         moved, flops = (batch * m.n_head * z for z in cost("memory_scan", m, *shapes(m)[0], True, tokens))
         add("memory_scan", size, moved, 3 * flops, 1)
+        for name in ("layer_forward", "layer_backward"):
+            moved, flops = (batch * m.n_head * z for z in cost(name, m, *shapes(m)[0], True, tokens))
+            add(name, size, moved, 3 * flops, 1)
         d, tiles = m.d_model, -(-m.d_model // 64)
         flops = 2.0 * tiles * (tiles + 1) / 2 * 64 * 64 * d
         add("symmetric fp32", size, 4 * 3 * d * d, 3 * flops, 1)
