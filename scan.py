@@ -58,9 +58,6 @@ Z, HIDDEN, D_2, P_2, D_1, P_1, SILU, READ, DZ, DD_1, D_HIDDEN, D_READ, DD_2, D_K
 # Arguments whose values machine code does not depend on: one compilation serves all lengths.
 COUNTS = "chunks", "slots"
 
-# Arguments whose values machine code does not depend on: one compilation serves all lengths.
-COUNTS = "chunks", "slots"
-
 # What all memories share, from the program's first token on; None for what is read from memories.
 _Streams = namedtuple("_Streams", "u k v q eta alpha theta u_next u_row k_row v_row q_row")
 # Read-outs of eta and alpha, (E,) and a number each, of the program's head, or their gradients.
