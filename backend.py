@@ -67,7 +67,7 @@ def chunks_by_triton(z: Tensor) -> bool:
 
 
 def layers_by_triton(z: Tensor) -> bool:
-    """The same for `scan.memory_layer`, and within `foreseen_on_gpu` for tensors without numbers."""
+    """The same for `fused.memory_layer`, and within `foreseen_on_gpu` for tensors without numbers."""
     if foreseen and (z.is_meta or isinstance(z, FakeTensor)):
         return chosen() == "triton" or chosen() == "auto" and not slow_at("layer")
     return uses_triton(z) and not (may_be_slow(z) and torch.cuda.get_device_name(z.device) in slow_at("layer"))
@@ -101,7 +101,7 @@ foreseen = False
 
 @contextmanager
 def foreseen_on_gpu() -> Iterator[None]:
-    """For as long as it lasts, tensors without numbers (fake, or on meta) take `scan.memory_layer` for layers that it
+    """For as long as it lasts, tensors without numbers (fake, or on meta) take `fused.memory_layer` for layers that it
     fits, as tensors on a GPU would, unless HOPE_KERNELS is "reference". All else is for them as on a CPU."""
     global foreseen
     before, foreseen = foreseen, True

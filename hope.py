@@ -44,9 +44,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from fused import layer_fits, memory_layer
 from inner import apply_memory, inner_gradients, layer_norm, unit
-from kernels import chunk_gates, chunks_by_triton, dgd_chunk, in_float32, memory_scan, scans
-from scan import layer_fits, memory_layer
+from kernels import chunk_gates, chunks_by_triton, dgd_chunk, in_float32, scans
+from scan import memory_scan
 from settings import INF, HopeConfig, MemoryConfig, require
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
@@ -443,7 +444,7 @@ class Memory(SequenceLayer):
         c, d, h = self.config, self.config.d_model, self.config.n_head
         require(c.depth > 0, "depth is 0: softmax attention; use hope.make_layer or Memory.preset('attention')")
         self.compiled = False  # whether complete chunks run through torch.compile, see `compile_parts`
-        self.one_launch = True  # whether they may run through `scan.memory_layer`, which has no second derivative
+        self.one_launch = True  # whether they may run through `fused.memory_layer`, which has no second derivative
         self.adaptive = [name for name in ("k", "v", "q", "eta", "alpha") if name in c.adaptive]
 
         self.to_k, self.to_v, self.to_q = (
@@ -592,7 +593,7 @@ class Memory(SequenceLayer):
         return torch.cat(ys, 2), groups
 
     def _whole_chunks(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
-        """`_span` with gradients: whole chunks in one launch of `scan.memory_layer`, what is before and behind as ever."""
+        """`_span` with gradients: whole chunks in one launch of `fused.memory_layer`, what is before and behind as ever."""
         length, chunk = next(iter(streams.values())).shape[2], self.config.chunk
         begun = min(-t % chunk, length)
         lengths, ys = [begun, (length - begun) // chunk * chunk, (length - begun) % chunk], []
@@ -621,7 +622,7 @@ class Memory(SequenceLayer):
         return y, {"main": Weights(now, momentum, now)}  # the chunk has ended: the next one reads what is now
 
     def _launch(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
-        """`_span` without gradients, in one launch of `kernels.memory_scan`, which writes to copies of the groups."""
+        """`_span` without gradients, in one launch of `scan.memory_scan`, which writes to copies of the groups."""
         c = self.config
         joined = map_state(lambda *parts: torch.cat(parts, 2), *groups.values())
         join = lambda what: torch.cat([self._joined(name, what) for name in groups], 1)

@@ -28,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import fused
 import graphs
 import hope
-import scan
 from backend import foreseen_on_gpu
 from data import UserError, asked_size, explained, make_tokenizer, prepare, task_of
 from hope import Hope, HopeConfig
@@ -52,7 +52,7 @@ class Device:
     bandwidth: float
     float32: float
     bfloat16: float
-    layers: float = 0.0  # of `scan.memory_layer`, where a product waits for the one before; 0: not measured, as float32
+    layers: float = 0.0  # of `fused.memory_layer`, where a product waits for the one before; 0: not measured, as float32
     view: float = 0.0  # of an operation that only looks at a tensor in another way, which the processor makes alone
     matrix: float = 0.0  # of every matrix of a batch of products, beyond its arithmetic
     cached: float = 0.0  # bytes a second of operations that move less than `cache` bytes; 0: as any other
@@ -80,7 +80,7 @@ class Cost(NamedTuple):
     moved: float = 0.0  # bytes that operations read and write
     float32: float = 0.0  # arithmetic, a multiply and an add as two: of matrix products and attention, what is
     bfloat16: float = 0.0  # recomputed as often as it is computed;
-    layers: float = 0.0  # of `scan.memory_layer`
+    layers: float = 0.0  # of `fused.memory_layer`
     by_bytes: float = 0.0  # seconds of the device for operations that are as long as their bytes take, by
     by_arithmetic: float = 0.0  # their arithmetic,
     by_least: float = 0.0  # and by neither: for these `Device.least`
@@ -170,7 +170,7 @@ class Meter(TorchDispatchMode):
         return self.last
 
     def add_operation(self, sums: dict[str, float], func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        flops, device, layer = 0, self.device, scan.traffic(func.overloadpacket, args, out)
+        flops, device, layer = 0, self.device, fused.traffic(func.overloadpacket, args, out)
         moved = layer or numel_bytes((args, kwargs, out))
         if count := flop_registry.get(func.overloadpacket):
             flops = count(*args, **kwargs, out_val=out)
@@ -218,7 +218,7 @@ class Meter(TorchDispatchMode):
 def rehearse(model_config: HopeConfig, config: TrainConfig, rows: int, t: int, dtype: torch.dtype) -> dict[str, Cost]:
     """One micro-batch of (rows, t) tokens, forward and backward, by parts: tensors have shapes but no numbers.
 
-    For a GPU whole chunks are counted as `scan.memory_layer` runs them, an operation for a layer, unless HOPE_KERNELS is
+    For a GPU whole chunks are counted as `fused.memory_layer` runs them, an operation for a layer, unless HOPE_KERNELS is
     "reference"; for `Device.alone`, and where that does not fit, the plain form, operation by operation.
     """
     device = Device.known()
@@ -400,7 +400,7 @@ def print_time(cost: Cost, device: Device, micro_batch: int) -> None:
     print(f"\na micro-batch of {micro_batch:,} tokens on a {device.name} ({known})")
     if cost.layers and not device.layers:
         print(
-            "  memory layers in one launch, by scan.py, which no GPU has run: its rate is a guess, that of float32, and"
+            "  memory layers in one launch, by fused.py, which no GPU has run: its rate is a guess, that of float32, and"
         )
         print("  `work` is taken to stay in the cache; HOPE_KERNELS=reference counts them operation by operation")
     print(f"  {'launches':<13}{cost.given(device):>9.3g} s  {given}{mark * (cost.given(device) > cost.work())}")

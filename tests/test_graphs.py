@@ -9,10 +9,10 @@ from conftest import flat, random_model, small_config, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import fused
 import graphs
 import hope
 import kernels
-import scan
 import train
 
 INF = hope.INF
@@ -121,13 +121,13 @@ def test_a_segment_of_layers_in_one_launch_can_be_captured(keep, inside, on_meta
     """As operations of PyTorch's, and with what these do before and after a launch."""
     if inside and kernels.triton is None:
         pytest.skip("triton is not installed")
-    monkeypatch.setattr(scan, "layers_by_triton", lambda z: True)
+    monkeypatch.setattr(fused, "layers_by_triton", lambda z: True)
     calls = []
-    for name, python in (("layer_forward", scan.forward_chunks), ("layer_backward", scan.backward_chunks)):
-        run = python if inside else getattr(scan, name)
-        monkeypatch.setattr(scan, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
+    for name, python in (("layer_forward", fused.forward_chunks), ("layer_backward", fused.backward_chunks)):
+        run = python if inside else getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
     for name in ("_layer_forward", "_layer_backward_chunks"):
-        monkeypatch.setattr(scan, name, Launches())
+        monkeypatch.setattr(fused, name, Launches())
     monkeypatch.setattr(Launches, "count", 0)
     config = small_config(cms=(8, 16, INF), n_layer=1, chunk=4, chunk_proj=4, remat=0 if keep else 1)
     slow, fast = observe_segments(config, 8)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import backend
+import fused
 import hope
 import kernels
 import plan
-import scan
 import train
 
 ROOT = Path(plan.__file__).parent
@@ -84,15 +84,15 @@ def test_the_plan_foretells_the_memory_of_layers_in_one_launch(remat, capsys, mo
     settings = dict(seq_len=256, batch_size=2, truncate=True)
     flags = ["--precision", "float32", "--seq-len=256", "--batch-size=2", "--truncate", "--cms=256,inf"]
     foretold = planned(capsys, *flags, f"--remat={remat}")["ddp"][5]
-    monkeypatch.setattr(scan, "layers_by_triton", lambda z: True)
+    monkeypatch.setattr(fused, "layers_by_triton", lambda z: True)
     for name in ("_layer_forward", "_layer_backward_chunks"):
-        monkeypatch.setattr(scan, name, NoLaunch())
+        monkeypatch.setattr(fused, name, NoLaunch())
     model = hope.HopeConfig.preset("tiny", cms=(256, hope.INF), remat=remat)
     assert foretold == pytest.approx(peak_bytes(train.TrainConfig(precision="float32", **settings), model), rel=0.15)
 
 
 COUNT_PRODUCTS = """
-import torch, hope, kernels, scan
+import torch, hope, kernels, fused
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -104,10 +104,10 @@ def counting(self, a, b, *rest, dot=InterpreterBuilder.create_dot):
     return dot(self, a, b, *rest)
 
 InterpreterBuilder.create_dot = counting
-scan.precision = lambda device: "ieee"  # a product is one
+fused.precision = lambda device: "ieee"  # a product is one
 
 def compared(name):
-    run, formula = getattr(scan, name), flop_registry[getattr(torch.ops.hope, name)]
+    run, formula = getattr(fused, name), flop_registry[getattr(torch.ops.hope, name)]
 
     def call(*args):
         global multiplied
@@ -120,7 +120,7 @@ def compared(name):
 
     return call
 
-scan.layer_forward, scan.layer_backward = map(compared, ("layer_forward", "layer_backward"))
+fused.layer_forward, fused.layer_backward = map(compared, ("layer_forward", "layer_backward"))
 for chunk, more in (
     (16, {}),
     (64, dict(adaptive=(), expand=2, self_values=False, origin="zero")),
@@ -206,14 +206,14 @@ def test_a_memory_layer_takes_one_launch_where_that_was_right_and_fastest(rows, 
 
 def test_tensors_without_numbers_take_one_launch_only_where_a_gpu_is_foreseen():
     m, x = hope.MemoryConfig(d_model=32, n_head=1, chunk=16, chunk_proj=16), torch.zeros(1, device="meta")
-    assert not scan.layer_fits(m, x)
+    assert not fused.layer_fits(m, x)
     with backend.foreseen_on_gpu():
-        assert scan.layer_fits(m, x) and not scan.layer_fits(m, torch.zeros(1))
+        assert fused.layer_fits(m, x) and not fused.layer_fits(m, torch.zeros(1))
         assert not kernels.uses_triton(x)  # chunks by themselves are counted in the plain form
-        assert not scan.layer_fits(hope.MemoryConfig(d_model=32, n_head=1, chunk=128, chunk_proj=128), x)
+        assert not fused.layer_fits(hope.MemoryConfig(d_model=32, n_head=1, chunk=128, chunk_proj=128), x)
         with kernels.using("reference"):
-            assert not scan.layer_fits(m, x)
-    assert not scan.layer_fits(m, x)
+            assert not fused.layer_fits(m, x)
+    assert not fused.layer_fits(m, x)
 
 
 @pytest.mark.parametrize("optimizer", plan.KEPT)

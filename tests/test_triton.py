@@ -24,6 +24,7 @@ import pytest
 import torch
 
 import backend
+import fused
 import hope
 import kernels
 import scan
@@ -381,7 +382,7 @@ def memory(preset, **change):
 def test_a_whole_layer_in_one_launch_is_its_chunks(preset, change, cuts, monkeypatch):
     layer, x = memory(preset, **change), torch.randn(2 if "n_head" in change else 1, 11, 10, device=DEVICE)
     x[:, 3:9] *= 0.01  # with keys and values too short for `hope.unit` to bring them to length 1
-    launches, run = [], kernels.memory_scan
+    launches, run = [], scan.memory_scan
     monkeypatch.setattr(hope, "memory_scan", lambda *args, **named: launches.append(1) or run(*args, **named))
 
     def stream():
@@ -418,7 +419,7 @@ def layer_and_gradients(layer, x, cuts=()):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Grows with every call of `scan.memory_layer`."""
+    """Grows with every call of `fused.memory_layer`."""
     found, run = [], hope.memory_layer
     monkeypatch.setattr(hope, "memory_layer", lambda *args, **named: found.append(1) or run(*args, **named))
     return found
@@ -535,12 +536,12 @@ def test_a_model_with_full_inner_gradients_has_no_layer_in_one_launch(inner_grad
 @gpu
 def test_which_layers_run_in_one_launch():
     x = torch.zeros(1, device=DEVICE)
-    fits = lambda name="hope", **change: scan.layer_fits(hope.MemoryConfig.preset(name, **change), x)
+    fits = lambda name="hope", **change: fused.layer_fits(hope.MemoryConfig.preset(name, **change), x)
     assert [name for name in hope.MemoryConfig.PRESETS if fits(name)] == ["hope"]
     assert fits(d_model=128, n_head=2, expand=2) and fits(chunk=8, chunk_proj=8)
     assert not fits(d_model=130, n_head=2) and not fits(d_model=128, n_head=2, expand=3)
     assert not fits(chunk_proj=8, chunk=16) and not fits(chunk=65, chunk_proj=65) and not fits(value_norm=False)
-    assert not scan.layer_fits(hope.MemoryConfig(), x.double())
+    assert not fused.layer_fits(hope.MemoryConfig(), x.double())
     with torch.no_grad():
         assert not fits()
 

@@ -11,7 +11,7 @@ thread spills to, shared memory and estimated occupancy of each; and bytes, FLOP
 A100 and an H100. With --out they are also written to DIR as kernels.json. With --gpu the kernels run and are timed beside
 the reference. Needs triton, and TRITON_INTERPRET unset. With --counts it prints instead, for every size, how many launches,
 bytes and operations a token takes in training, by part of the model (4,096 tokens, micro-batch 8, --truncate), with
-memory layers in one launch (scan.py); HOPE_KERNELS=reference counts them operation by operation.
+memory layers in one launch (fused.py); HOPE_KERNELS=reference counts them operation by operation.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import fused
 import hope
 import kernels
 import scan
@@ -84,12 +85,12 @@ def scan_call(m: hope.MemoryConfig, precision: str):
         DELTA=m.rule == "dgd", HIDDEN_RATE=m.hidden_rate, READ=m.read, CHUNK=m.chunk, CHUNK_PROJ=m.chunk_proj, BE=64,
         PRECISION=precision,
     )  # fmt: skip
-    fn = kernels._memory_scan
+    fn = scan._memory_scan
     return "memory_scan", fn, arguments(fn, none, constants), constants["BE"] // 16, 1
 
 
 def layer_inputs(m: hope.MemoryConfig, tokens: int) -> tuple[list, tuple]:
-    """What `scan.memory_layer`'s operations are given for one head: `scan.INPUTS`, without numbers, and flags. None if
+    """What `fused.memory_layer`'s operations are given for one head: `fused.INPUTS`, without numbers, and flags. None if
     the layer is not of their kind, whatever the device."""
     n, e, hidden = 1 + len(m.adaptive), m.d_head, m.expand * m.d_head
     shapes = dict.fromkeys("kvq", (1, 1, tokens, e)) | dict.fromkeys(("eta", "alpha", "theta"), (1, 1, tokens))
@@ -101,23 +102,23 @@ def layer_inputs(m: hope.MemoryConfig, tokens: int) -> tuple[list, tuple]:
     shapes |= dict(scale=(1, n, 1, 1)) if m.self_values else {}
     for name in {"eta", "alpha"} & set(m.adaptive):
         shapes |= {f"{name}_read": (1, 1, e), f"{name}_bias": (1, 1)}
-    inputs = [torch.empty(shapes[k], device="meta") if k in shapes else None for k in scan.INPUTS]
+    inputs = [torch.empty(shapes[k], device="meta") if k in shapes else None for k in fused.INPUTS]
     return inputs, (m.chunk, len(m.adaptive), m.objective == "l2", m.self_values, m.qk_norm, m.hidden_rate)
 
 
 def has_launch(m: hope.MemoryConfig) -> bool:
     """Whether a GPU has a single launch for such a layer, and another for its backward pass."""
-    with patch.object(scan, "layers_by_triton", lambda z: True):
-        return scan.layer_fits(m, torch.zeros(1))
+    with patch.object(fused, "layers_by_triton", lambda z: True):
+        return fused.layer_fits(m, torch.zeros(1))
 
 
 def layer_calls(m: hope.MemoryConfig, precision: str):
     """These launches."""
     inputs, flags = layer_inputs(m, m.chunk)
-    constants = scan._launched(inputs, *flags)[1]
-    names = [{"start": "S2"}.get(name, name) for name, z in zip(scan.INPUTS, inputs) if z is None]
+    constants = fused._launched(inputs, *flags)[1]
+    names = [{"start": "S2"}.get(name, name) for name, z in zip(fused.INPUTS, inputs) if z is None]
     none = {*names, *(f"d{name}" for name in names), *(f"d_{name}" for name in names)}
-    for name, fn in (("forward", scan._layer_forward), ("backward", scan._layer_backward_chunks)):
+    for name, fn in (("forward", fused._layer_forward), ("backward", fused._layer_backward_chunks)):
         args = arguments(fn, none, constants | dict(PRECISION=precision))
         yield f"layer_{name}", fn, args, constants["num_warps"], constants["num_stages"]
 
@@ -207,15 +208,15 @@ def cost(kernel: str, m: hope.MemoryConfig, o: int, i: int, read: bool, tokens: 
 
 
 def layer_cost(kernel: str, m: hope.MemoryConfig, tokens: int) -> tuple[float, float]:
-    """`cost` of a whole layer, or of its backward pass from the states of all chunks, as scan.py counts it."""
+    """`cost` of a whole layer, or of its backward pass from the states of all chunks, as fused.py counts it."""
     inputs, flags = layer_inputs(m, tokens)
-    Y, states = scan._forward_shapes(inputs, True, *flags)
-    multiplications = scan._products([None if z is None else z.shape for z in inputs], *flags[:4])
+    Y, states = fused._forward_shapes(inputs, True, *flags)
+    multiplications = fused._products([None if z is None else z.shape for z in inputs], *flags[:4])
     if kernel == "layer_forward":
-        moved = scan.traffic(scan.FORWARD, (inputs, True, *flags), (Y, states))
+        moved = fused.traffic(fused.FORWARD, (inputs, True, *flags), (Y, states))
         return moved, 2.0 * tokens / m.chunk * multiplications[0]
     grads = Y, *inputs[7:11]
-    moved = scan.traffic(scan.BACKWARD, (inputs, states, grads, *flags), scan._backward_shapes(inputs, states, grads))
+    moved = fused.traffic(fused.BACKWARD, (inputs, states, grads, *flags), fused._backward_shapes(inputs, states, grads))
     return moved, 2.0 * tokens / m.chunk * multiplications[1]
 
 

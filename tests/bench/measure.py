@@ -39,11 +39,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import fused
 import graphs
 import hope
 import kernels
 import plan
-import scan
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {  # seconds
@@ -265,8 +265,8 @@ def chunk(bench: Bench) -> Iterator[Row]:
 
 def layer(bench: Bench) -> Iterator[Row]:
     """The ways to compute a layer, and then their rate in the first. What is asked first is what decides; a way is
-    compiled when it is its turn: that of `scan.memory_layer`'s backward pass takes most of a minute, every time."""
-    ways = [("triton", scan.WARPS), ("chunks", 0), ("reference", 0), ("compiled", 0), ("triton 4 warps", 4)]
+    compiled when it is its turn: that of `fused.memory_layer`'s backward pass takes most of a minute, every time."""
+    ways = [("triton", fused.WARPS), ("chunks", 0), ("reference", 0), ("compiled", 0), ("triton 4 warps", 4)]
     exact = run_layer(*make_layer(bench, 2, torch.float64))[1]
     precisions, batches = (("highest",), (2,)) if bench.dry else (("highest", "high"), (8, 2))
     for precision, (how, warps), batch in product(precisions, ways, batches):
@@ -276,7 +276,7 @@ def layer(bench: Bench) -> Iterator[Row]:
         of, x = make_layer(bench, batch)
         of.one_launch, of.compiled = warps > 0, how == "compiled"
         name = how + " tf32" * (precision == "high")
-        before, scan.WARPS = scan.WARPS, warps
+        before, fused.WARPS = fused.WARPS, warps
         meter = plan.Meter(plan.Device("", 0.0, 0.0, 1.0, 1.0, 1.0))
         try:
             with kernels.using("reference" if how in ("reference", "compiled") else "triton"):
@@ -291,7 +291,7 @@ def layer(bench: Bench) -> Iterator[Row]:
         except Exception as e:  # the others are still worth their time
             yield dict(how=name, batch=batch, failed=repr(e)[:300])
         finally:
-            scan.WARPS = before
+            fused.WARPS = before
             bench.forget()
     torch.set_float32_matmul_precision("highest")
 
