@@ -597,15 +597,14 @@ class Memory(SequenceLayer):
         length, chunk = next(iter(streams.values())).shape[2], self.config.chunk
         begun = min(-t % chunk, length)
         lengths, ys = [begun, (length - begun) // chunk * chunk, (length - begun) % chunk], []
-        how = self._span, self._launch_with_gradients, self._span
-        for n, piece, run in zip(lengths, cut_streams(streams, lengths), how):
+        for n, piece, run in zip(lengths, cut_streams(streams, lengths), (self._span, self._fused, self._span)):
             if n:
                 y, groups = run(piece, groups, t)
                 ys.append(y)
                 t += n
         return torch.cat(ys, 2), groups
 
-    def _launch_with_gradients(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple:
+    def _fused(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
         """`_span` for whole chunks, from the beginning of one on."""
         c, (now, momentum) = self.config, (groups["main"].now, groups["main"].momentum)
         inputs = dict(streams, W2=now[0], W1=now[1], m2=momentum[0], m1=momentum[1])
