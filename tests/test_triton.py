@@ -678,10 +678,10 @@ SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_
 @needs_triton
 @pytest.mark.parametrize("target", ["sm_90", *SLOW_TARGETS])
 def test_a_layer_in_one_launch_spills_little(target, tmp_path):
-    """Addresses, of the many places that a chunk's tiles have in memory: of all instructions 6% store or load them."""
+    """Addresses, of the many places that a chunk's tiles have in memory: on an H100 6% of all instructions move them."""
     rows = compiled(tmp_path, targets=target, kernels="layer")["occupation"]
     assert_compiled(rows, target, LAYER)
-    assert max(row["spilled"] for row in rows) <= 3072, rows
+    assert max(row["spilled"] for row in rows) <= (3072 if target == "sm_90" else 8192), rows
 
 
 @pytest.mark.slow
