@@ -25,6 +25,7 @@ from torch import Tensor
 
 import hope
 import tasks
+from data import write_atomically
 
 RESULT = Path(__file__).with_suffix(".json")
 RATES = {"languages": (0.01, 0.03, 0.1), "mad": (0.003, 0.01, 0.03)}
@@ -174,7 +175,7 @@ def keep(part: str, name: str, found: dict) -> None:
         "rates": RATES,
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__},
     }
-    RESULT.write_text(json.dumps(rows).replace('}, "', '},\n"') + "\n")
+    write_atomically(RESULT, json.dumps(rows).replace('}, "', '},\n"') + "\n")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import hope
 import tasks
+from data import write_atomically
 from hope import INF
 from train import TrainConfig, clip_gradients, learning_rate, make_optimizers
 
@@ -52,7 +53,7 @@ def keep(part: str, name: str, row: dict) -> None:
     found |= {"rates": RATES} if part == "needles" else {}
     found |= {"versions": {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__}}
     found |= {"rows": stored(part)["rows"] | {name: row}}
-    result(part).write_text(json.dumps(found).replace('}, "', '},\n"') + "\n")
+    write_atomically(result(part), json.dumps(found).replace('}, "', '},\n"') + "\n")
 
 
 def fit(

@@ -26,6 +26,7 @@ import torch
 
 import hope
 import tasks
+from data import write_atomically
 
 HERE = Path(__file__).resolve().parent
 RESULT = Path(__file__).with_suffix(".json")
@@ -165,7 +166,7 @@ def keep(part: str, found: dict[str, dict]) -> None:
         "rates": RATES,
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__},
     }
-    RESULT.write_text(json.dumps(rows).replace('}, "', '},\n"') + "\n")
+    write_atomically(RESULT, json.dumps(rows).replace('}, "', '},\n"') + "\n")
 
 
 def missing(part: str, archs: list[str]) -> list[tuple]:
