@@ -31,6 +31,7 @@ from torch import Tensor
 
 import hope
 import tasks
+from data import write_atomically
 from hope import INF
 
 HERE = Path(__file__).resolve().parent
@@ -464,7 +465,7 @@ class Found:
                 "torch": torch.__version__,
                 "python": sys.version.split()[0],
             }
-            self.path.write_text(json.dumps(self.all) + "\n")
+            write_atomically(self.path, json.dumps(self.all) + "\n")
             print(name, str(self.all["runs"][name])[:150], f"{self.all['cpu seconds']} s", flush=True)
         return self.all["runs"][name]
 

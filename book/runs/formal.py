@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,10 @@ from torch import Tensor
 
 import hope
 import tasks
+from data import write_atomically
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from runs.fit import fit  # noqa: E402
 
 RESULT = Path(__file__).with_suffix(".json")
 RATES = {"languages": (0.01, 0.03, 0.1), "mad": (0.003, 0.01, 0.03)}
@@ -62,17 +67,13 @@ def train(spec: str, arch: tuple[str, dict], seed: int, lr: float, steps: int, d
     task, (preset, changes) = tasks.make(spec), arch
     sizes = dict(d_model=d, n_head=2, n_layer=1, vocab_size=task.vocab_size, cms_hidden=2.0)
     model = hope.Hope(hope.HopeConfig.preset("tiny", preset, **{**sizes, **changes}))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = lambda i: min(1.0, (i + 1) / 20) * (1 - 0.9 * i / steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    for n in range(steps):
-        tokens, targets = task.rows("train", seed, n * batch, batch)
-        loss = F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+
+    def loss(n: int) -> Tensor:
+        tokens, targets = task.rows("train", seed, (n - 1) * batch, batch)
+        return F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
+
+    for _ in fit(model, lr, steps, loss, [{"params": [*model.parameters()], "weight_decay": 0.01}]):
+        pass
     return model
 
 
@@ -174,7 +175,7 @@ def keep(part: str, name: str, found: dict) -> None:
         "rates": RATES,
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__},
     }
-    RESULT.write_text(json.dumps(rows).replace('}, "', '},\n"') + "\n")
+    write_atomically(RESULT, json.dumps(rows).replace('}, "', '},\n"') + "\n")
 
 
 def main() -> None:

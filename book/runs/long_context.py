@@ -19,7 +19,6 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,11 +27,13 @@ from torch import Tensor
 
 import hope
 import tasks
+from data import write_atomically
 from hope import INF
 from train import TrainConfig, clip_gradients, learning_rate, make_optimizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runs import parts  # noqa: E402
+from runs.fit import fit  # noqa: E402
 
 SEEDS, TUNING = (0, 1, 2), 9  # shown; for the choice of a rate
 RATES = (0.006, 0.012, 0.024)
@@ -52,31 +53,7 @@ def keep(part: str, name: str, row: dict) -> None:
     found |= {"rates": RATES} if part == "needles" else {}
     found |= {"versions": {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__}}
     found |= {"rows": stored(part)["rows"] | {name: row}}
-    result(part).write_text(json.dumps(found).replace('}, "', '},\n"') + "\n")
-
-
-def fit(
-    model: hope.Hope, lr: float, steps: int, step: Callable[[int], None], score: Callable[[], float]
-) -> tuple[int, float]:
-    """AdamW as in tests/bench/recall.py until the score, taken every 50 steps, is 99.5. Steps taken, and the last score."""
-    groups = hope.param_groups(model)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups["matrix"]}, {"params": groups["rest"], "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-    )
-    schedule = lambda i: min(1.0, (i + 1) / 20) * (1 - 0.9 * i / steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    for i in range(steps):
-        step(i)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if (i + 1) % 50 == 0 and (reached := score()) >= 99.5:
-            return i + 1, reached
-    return steps, score()
+    write_atomically(result(part), json.dumps(found).replace('}, "', '},\n"') + "\n")
 
 
 # ---- Needles ----
@@ -128,18 +105,22 @@ def accuracy(model: hope.Hope, tokens: Tensor, targets: Tensor) -> float:
 
 
 def trained(arm: str, lr: float, seed: int, steps: int) -> tuple[hope.Hope, int, float]:
+    """Until 99.5% of answers to selection rows are right, asked every 50 steps. Steps taken, and those answers."""
     torch.manual_seed(seed)
     arch, settings = ARMS[arm]
     vocab_size = task_of(4, 8, SHORT).vocab_size
     config = hope.HopeConfig.preset("tiny", arch, vocab_size=vocab_size, cms_hidden=2.0, **SIZE, **settings)
     model = hope.Hope(config)
 
-    def step(i: int) -> None:
-        tokens, targets = mixed("train", seed, i, BATCH)
-        F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten()).backward()
+    def loss(n: int) -> Tensor:
+        tokens, targets = mixed("train", seed, n - 1, BATCH)
+        return F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
 
     held = mixed("selection", 0, 0, 256)
-    return model, *fit(model, lr, steps, step, lambda: accuracy(model, *held))
+    for n in fit(model, lr, steps, loss):
+        if n % 50 == 0 and (reached := accuracy(model, *held)) >= 99.5:
+            return model, n, reached
+    return model, steps, accuracy(model, *held)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import hope
 import optim
+from data import write_atomically
 
 RESULTS = Path(__file__).with_suffix(".json")
 SEEDS, TUNING = (0, 1, 2), (100, 101)
@@ -272,7 +273,7 @@ def main() -> None:
             stored.setdefault(task, {})[name] = found
             stored.setdefault("cpu seconds", {})[f"{task}, {name}"] = round(time.process_time() - start)
             text = re.sub(r"\[[^][{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), json.dumps(stored, indent=1))
-            RESULTS.write_text(text + "\n")
+            write_atomically(RESULTS, text + "\n")
             print(task, name, found, flush=True)
 
 

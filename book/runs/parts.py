@@ -27,7 +27,7 @@ from torch import Tensor
 
 import hope
 import train
-from data import pydoc_text
+from data import pydoc_text, write_atomically
 from hope import INF
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -220,7 +220,8 @@ def keep(name: str, found: dict) -> None:
         "rates": RATES,
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "hope": hope.__version__},
     }
-    RESULT.write_text(json.dumps(stored() | {name: found, "made": made}).replace('}, "', '},\n"') + "\n")
+    rows = stored() | {name: found, "made": made}
+    write_atomically(RESULT, json.dumps(rows).replace('}, "', '},\n"') + "\n")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import hope
+from data import write_atomically
 
 RESULT, ROOT = Path(__file__).with_suffix(".json"), Path(hope.__file__).parent
 TOKENS = {"340m": 15e9, "760m": 30e9, "1.3b": 100e9}
@@ -64,7 +65,7 @@ def main() -> None:
         line = command(name)
         if plans.get(name, {}).get("command") != line:
             plans[name] = {"command": line, "printed": run(line).splitlines()}
-            RESULT.write_text(json.dumps({"made": made(), "plans": plans}, indent=1) + "\n")
+            write_atomically(RESULT, json.dumps({"made": made(), "plans": plans}, indent=1) + "\n")
             print(name, plans[name]["printed"][-1], sep=": ", flush=True)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import hope
+from data import write_atomically
 
 RESULT, ROOT = Path(__file__).with_suffix(".json"), Path(hope.__file__).parent
 LENGTHS = {512: "--steps 200 --batch-size 4", 2048: "--steps 100 --batch-size 2"}
@@ -59,7 +60,7 @@ def keep(name: str, found: dict) -> None:
     made = {"command": "python book/runs/truncate.py", "seeds": SEEDS, "threads": 1, "versions": versions}
     before = stored()
     now = {"rows": before["rows"] | {name: found}, "made": before["made"] | made}
-    RESULT.write_text(json.dumps(now, indent=1) + "\n")
+    write_atomically(RESULT, json.dumps(now, indent=1) + "\n")
 
 
 def main() -> None:

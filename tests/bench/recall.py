@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,9 @@ import torch.nn.functional as F
 import hope
 import tasks
 from kernels import dgd_chunk
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "book"))
+from runs.fit import fit  # noqa: E402
 
 BATCH, STEPS = 32, {"recall": 600, "mqar": 1536}
 
@@ -67,24 +72,13 @@ def train(
     torch.manual_seed(seed)
     task, model = make(name), build(name, arch, **overrides)
     steps = steps or STEPS.get(task.name, 1000)
-    groups = hope.param_groups(model)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups["matrix"]}, {"params": groups["rest"], "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-    )
-    schedule = lambda i: min(1.0, (i + 1) / 20) * (1 - 0.9 * i / steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     held, curve, reached, n = task.rows("selection", 0, 0, 128), [], 0, 0
-    for n in range(1, steps + 1):
+
+    def loss(n: int) -> torch.Tensor:
         tokens, targets = task.rows("train", seed, n * BATCH, BATCH)
-        loss = F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        return F.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
+
+    for n in fit(model, lr, steps, loss):
         if n % 50 == 0 or n == steps:
             curve.append(accuracy(model, *held))
             reached = reached or (n if curve[-1] >= 95 else 0)
