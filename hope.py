@@ -593,7 +593,7 @@ class Memory(SequenceLayer):
         return torch.cat(ys, 2), groups
 
     def _whole_chunks(self, streams: dict[str, Tensor], groups: dict[str, Weights], t: int) -> tuple[Tensor, dict]:
-        """`_span` with gradients: whole chunks in one launch of `fused.memory_layer`, what is before and behind as ever."""
+        """`_span` with gradients: whole chunks in one launch of `fused.memory_layer`, what is left as ever."""
         length, chunk = next(iter(streams.values())).shape[2], self.config.chunk
         begun = min(-t % chunk, length)
         lengths, ys = [begun, (length - begun) // chunk * chunk, (length - begun) % chunk], []

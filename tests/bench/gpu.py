@@ -90,8 +90,8 @@ def scan_call(m: hope.MemoryConfig, precision: str):
 
 
 def layer_inputs(m: hope.MemoryConfig, tokens: int) -> tuple[list, tuple]:
-    """What `fused.memory_layer`'s operations are given for one head: `fused.INPUTS`, without numbers, and flags. None if
-    the layer is not of their kind, whatever the device."""
+    """What `fused.memory_layer`'s operations are given for one head: `fused.INPUTS`, without numbers, and
+    flags."""
     n, e, hidden = 1 + len(m.adaptive), m.d_head, m.expand * m.d_head
     shapes = dict.fromkeys("kvq", (1, 1, tokens, e)) | dict.fromkeys(("eta", "alpha", "theta"), (1, 1, tokens))
     shapes = {name: shape for name, shape in shapes.items() if name not in m.adaptive}
