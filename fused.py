@@ -931,8 +931,8 @@ def traffic(operation: Any, args: Sequence, out: Sequence[Tensor]) -> int | None
     states, which are read and written, on the way back read, where gradients of states are read and written.
 
     `work` is left out, as if it stayed in a GPU's cache. It is half a megabyte a program with heads of 64 and chunks of
-    64, for 132 multiprocessors of an H100 more than its cache of 50. Were none of it to stay, a chunk of a program with 5
-    memories would move another 4.8 MB forward and 13.6 back: 165 MB a token at 760m, beside 93 of the whole model.
+    64, for 132 multiprocessors of an H100 more than its cache of 50. A chunk of a program with 5 memories loads and
+    stores 7 MB forward and 20 back: were all of it to go to memory, 250 MB a token at 760m, beside 93 of the whole model.
     """
     if operation not in (FORWARD, BACKWARD):
         return None

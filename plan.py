@@ -52,7 +52,7 @@ class Device:
     bandwidth: float
     float32: float
     bfloat16: float
-    layers: float = 0.0  # of `fused.memory_layer`, where a product waits for the one before; 0: not measured, as float32
+    layers: float = 0.0  # of `fused.memory_layer`, whose products wait for each other; 0: not measured, as float32
     view: float = 0.0  # of an operation that only looks at a tensor in another way, which the processor makes alone
     matrix: float = 0.0  # of every matrix of a batch of products, beyond its arithmetic
     cached: float = 0.0  # bytes a second of operations that move less than `cache` bytes; 0: as any other

@@ -216,7 +216,8 @@ def layer_cost(kernel: str, m: hope.MemoryConfig, tokens: int) -> tuple[float, f
         moved = fused.traffic(fused.FORWARD, (inputs, True, *flags), (Y, states))
         return moved, 2.0 * tokens / m.chunk * multiplications[0]
     grads = Y, *inputs[7:11]
-    moved = fused.traffic(fused.BACKWARD, (inputs, states, grads, *flags), fused._backward_shapes(inputs, states, grads))
+    found = fused._backward_shapes(inputs, states, grads)
+    moved = fused.traffic(fused.BACKWARD, (inputs, states, grads, *flags), found)
     return moved, 2.0 * tokens / m.chunk * multiplications[1]
 
 
