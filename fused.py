@@ -1,4 +1,4 @@
-"""A memory layer with MLP memories on a GPU, with gradients: one launch forward, one more and one back.
+"""A memory layer with MLP memories on a GPU, with gradients: one launch forward, one or two back.
 
     layer_fits      whether there is such a launch for a layer's settings, and for tensors like one
     memory_layer    what `hope.Memory` does with whole chunks
@@ -8,7 +8,8 @@
 Work: a program has one head of one sequence and goes through its chunks; in each, through its memories, which share
 keys, values and gates. All tokens of a chunk are one tile, and so is every matrix of a memory: with chunks of 64 and
 heads of 64 each product is 64 x 64 x 64. The letters are those of kernels.py: tokens are the last axis of all, scores
-and gates (C, C) are [s, t] for a write at s and time t, states and gradients stay in the cache.
+and gates (C, C) are [s, t] for a write at s and time t. What a chunk makes goes through memory from a product to the
+next, in a part of `work` that the program has for itself and that should stay in the cache.
 
 Memory: the backward pass needs the states that chunks start from; all else in a chunk it computes again. The forward
 pass has two of them in turn, or keeps them all; where it did not, the backward pass begins by running it once more.
