@@ -830,7 +830,7 @@ def _launched(inputs: Sequence[Tensor | None], chunk: int, adaptive: int, l2: bo
     return [*streams, at], sizes, inputs[7].new_empty(b * h, work_size)
 
 
-def forward_chunks(inputs, keep, *flags):
+def _forward_chunks(inputs, keep, *flags):
     """Y (b, h, s, e) and `_layer_forward`'s states, (slots, 4, b, h, n, H e), all of them or two."""
     Y, states = _forward_shapes(inputs, keep, *flags)
     b, h, s, _ = Y.shape
@@ -842,7 +842,7 @@ def forward_chunks(inputs, keep, *flags):
     return Y, states
 
 
-def backward_chunks(inputs, states, grads, *flags):
+def _backward_chunks(inputs, states, grads, *flags):
     """Gradients of the inputs that there are, those of the four states last and as one, (4, b, h, n, H e)."""
     b, h, n, H, E = inputs[7].shape
     adaptive = flags[1]
@@ -886,10 +886,10 @@ def _backward_shapes(inputs, states, grads, *flags):
 FLAGS = "int chunk, int adaptive, bool l2, bool self_values, bool qk_norm, float hidden_rate"
 as_operation = partial(torch.library.custom_op, mutates_args=())
 layer_forward = as_operation(
-    "hope::layer_forward", forward_chunks, schema=f"(Tensor?[] inputs, bool keep, {FLAGS}) -> (Tensor, Tensor)"
+    "hope::layer_forward", _forward_chunks, schema=f"(Tensor?[] inputs, bool keep, {FLAGS}) -> (Tensor, Tensor)"
 )
 layer_backward = as_operation(
-    "hope::layer_backward", backward_chunks,
+    "hope::layer_backward", _backward_chunks,
     schema=f"(Tensor?[] inputs, Tensor states, Tensor?[] grads, {FLAGS}) -> Tensor[]",
 )  # fmt: skip
 layer_forward.register_fake(_forward_shapes)

@@ -123,7 +123,7 @@ def test_a_segment_of_layers_in_one_launch_can_be_captured(keep, inside, on_meta
         pytest.skip("triton is not installed")
     monkeypatch.setattr(fused, "layers_by_triton", lambda z: True)
     calls = []
-    for name, python in (("layer_forward", fused.forward_chunks), ("layer_backward", fused.backward_chunks)):
+    for name, python in (("layer_forward", fused._forward_chunks), ("layer_backward", fused._backward_chunks)):
         run = python if inside else getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
     for name in ("_layer_forward", "_layer_backward_chunks"):
