@@ -1,6 +1,6 @@
-"""The long run of chapter 19: Hope, Titans, DeltaNet and Transformer++ at four sizes, at equal tokens and at equal time.
+"""The long run of chapter 19: Hope, Titans, DeltaNet and Transformer++ at five sizes, at equal tokens and at equal time.
 
-    python book/runs/scaling.py              what is missing; about 25 minutes of one core; writes scaling.json
+    python book/runs/scaling.py              what is missing; about 45 minutes of one core; writes scaling.json
     python book/runs/scaling.py --most 5     only so many trainings more
     python book/runs/scaling.py --seeds 3,4  also with these seeds
     python book/runs/scaling.py --size 64x2  of one size only, beside a run that does another
@@ -8,8 +8,8 @@
 
 At a size, every architecture has about as many parameters. A training is chapter 15's: 100 steps of 4 windows of 256 bytes of
 the text that ships with Python, by train.py's optimizers and schedule; a seed sets start weights and windows, which are the
-same for all architectures. The learning rate of an architecture is the best of four (of equally good ones the least) at one
-size, by a seed of its own and on a text for tuning. What is shown are seeds 0 to 2 at that rate on another text: 44 windows
+same for all architectures. The learning rate of an architecture is the best of four (of equally good ones the least) at 32x2,
+and for 192x2 of four at that size, by a seed of its own and on a text for tuning. What is shown are seeds 0 to 2 at that rate on another text: 44 windows
 of 512 bytes, read with `Hope.observe`.
 
 For equal time, the three faster ones also train longer at one size, about until they have taken as long as Hope, each run
@@ -36,9 +36,10 @@ from hope import INF
 
 RESULT = Path(__file__).with_suffix(".json")
 ARCHS = ("hope", "titans", "deltanet", "transformer++")
-SIZES = {"32x1": (32, 1), "32x2": (32, 2), "64x2": (64, 2), "96x2": (96, 2)}  # width and blocks; heads are 32 wide
+SIZES = {"32x1": (32, 1), "32x2": (32, 2), "64x2": (64, 2), "96x2": (96, 2), "192x2": (192, 2)}  # width, blocks
 SEEDS, STEPS, ROWS, LENGTH = (0, 1, 2), 100, 4, 256
-RATES, TUNED_AT, TUNING_SEED = (0.02, 0.04, 0.08, 0.16), "32x2", 10
+RATES = {"32x2": (0.02, 0.04, 0.08, 0.16), "192x2": (0.01, 0.02, 0.04, 0.08)}  # for sizes from there on
+TUNING_SEED = 10
 FLAT = 0.02  # bits per byte between learning rates that count as equally good
 LONGER_AT, LONGER = "64x2", {"transformer++": 8, "deltanet": 6, "titans": 3}  # times the steps
 CHECKED_AT, CHECKED = "96x2", ("hope", "transformer++")
@@ -116,22 +117,29 @@ def name_of(arch: str, size: str, times: int, lr: float, seed: int) -> str:
     return f"{arch}, {size}, x{times}, {lr}, {seed}"
 
 
-def best_rate(rows: dict, arch: str) -> float:
+def tuned_at(size: str) -> str:
+    """The widest size with rates of its own that is no wider than this one."""
+    width = lambda name: SIZES[name][0]
+    return max((at for at in RATES if width(at) <= width(size)), key=width)
+
+
+def best_rate(rows: dict, arch: str, size: str) -> float:
     """The least of four that comes within FLAT of the best on the text for tuning."""
-    found = {lr: rows[name_of(arch, TUNED_AT, 1, lr, TUNING_SEED)]["tuning"] or INF for lr in RATES}
-    return min(lr for lr in RATES if found[lr] < min(found.values()) + FLAT)
+    at = tuned_at(size)
+    found = {lr: rows[name_of(arch, at, 1, lr, TUNING_SEED)]["tuning"] or INF for lr in RATES[at]}
+    return min(lr for lr in found if found[lr] < min(found.values()) + FLAT)
 
 
 def missing(rows: dict, seeds: tuple[int, ...]) -> list[tuple[str, str, int, float, int]]:
     """The next trainings to do: the rates; seed by seed all sizes but the largest; the longer ones; the largest size."""
-    tuning = [(arch, TUNED_AT, 1, lr, TUNING_SEED) for lr in RATES for arch in ARCHS]
+    tuning = [(arch, at, 1, lr, TUNING_SEED) for at, rates in RATES.items() for lr in rates for arch in ARCHS]
     if todo := [key for key in tuning if name_of(*key) not in rows]:
         return todo
-    best = {arch: best_rate(rows, arch) for arch in ARCHS}
-    shown = [(arch, size, 1, best[arch], seed) for seed in seeds for size in SIZES for arch in ARCHS]
+    best = lambda arch, size: best_rate(rows, arch, size)
+    shown = [(arch, size, 1, best(arch, size), seed) for seed in seeds for size in SIZES for arch in ARCHS]
     small, large = ([key for key in shown if (key[1] == CHECKED_AT) is at] for at in (False, True))
-    longer = [(arch, LONGER_AT, times, best[arch], seed) for seed in seeds for arch, times in LONGER.items()]
-    checked = [(arch, CHECKED_AT, 1, factor * best[arch], seeds[0]) for factor in (0.5, 2) for arch in CHECKED]
+    longer = [(arch, LONGER_AT, n, best(arch, LONGER_AT), seed) for seed in seeds for arch, n in LONGER.items()]
+    checked = [(arch, CHECKED_AT, 1, x * best(arch, CHECKED_AT), seeds[0]) for x in (0.5, 2) for arch in CHECKED]
     return [key for key in small + longer + large + checked if name_of(*key) not in rows]
 
 
@@ -165,7 +173,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     if given.quick:
         for arch in ARCHS:
-            print(arch, row(arch, "32x1", 1, RATES[1], 0, steps=8), flush=True)
+            print(arch, row(arch, "32x1", 1, RATES["32x2"][1], 0, steps=8), flush=True)
         return
     seeds = tuple(map(int, given.seeds.split(",")))
     for _ in range(given.most):
