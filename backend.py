@@ -63,18 +63,21 @@ def uses_triton(z: Tensor) -> bool:
 def chunks_by_triton(z: Tensor) -> bool:
     """Whether Triton runs `dgd_chunk` for tensors on z's device: where `uses_triton`, unless nothing forces it and
     tests/bench/gpu.json says that others are faster on this GPU (`python tests/bench/gpu.py --measure`)."""
-    return uses_triton(z) and not (may_be_slow(z) and torch.cuda.get_device_name(z.device) in slow_at("chunk"))
+    return taken("chunk", z)
 
 
 def layers_by_triton(z: Tensor) -> bool:
     """The same for `fused.memory_layer`, and within `foreseen_on_gpu` for tensors without numbers."""
     if foreseen and (z.is_meta or isinstance(z, FakeTensor)):
         return chosen() == "triton" or chosen() == "auto" and not slow_at("layer")
-    return uses_triton(z) and not (may_be_slow(z) and torch.cuda.get_device_name(z.device) in slow_at("layer"))
+    return taken("layer", z)
 
 
-def may_be_slow(z: Tensor) -> bool:
-    return z.is_cuda and chosen() != "triton"
+def taken(group: str, z: Tensor) -> bool:
+    """Whether Triton runs what this group of tests/bench/measure.py times, for tensors on z's device."""
+    if not uses_triton(z) or not z.is_cuda or chosen() == "triton":
+        return uses_triton(z)
+    return torch.cuda.get_device_name(z.device) not in slow_at(group)
 
 
 @lru_cache(maxsize=None)

@@ -42,7 +42,7 @@ from kernels import (
     _store_tokens,
     _Stream,
     _tokens,
-)  # fmt: skip
+)
 
 # What a program keeps in `work`: LINES (C,), TABLES (C, C), reads of adaptive memories and their gradients, TILES of
 # tokens. Lines and tables are of gates, as reads have them (before, gain_m; between, gain) and the chunk's end (after,
@@ -491,11 +491,11 @@ def _layer_backward(c, layer, to, q, dr, read, PRECISION: tl.constexpr):
     what the solve turns into p. Turns E and E_m, in the `_Back` to, into those of the chunk's start; puts the gradients
     of d, x and q into streams; adds those of the start and of gates to what is there. Returns that of the steps."""
     o, i = layer.o, layer.i
-    to_z, to_end = _tile(c, DZ, layer.O), _row(c, AFTER)
+    to_z = _tile(c, DZ, layer.O)
     U = _product(_of(layer, to.M), _get(c, layer.x, i) * _row(c, layer.step), PRECISION)
     _add_to(_line(c, D_AFTER), -tl.sum(_get(c, layer.p, o) * U, 0))
     _add_to(_line(c, D_GAIN_END), -tl.sum(_get(c, layer.d, o) * U, 0))
-    dz, dd = -to_end * U, -_row(c, GAIN_END) * U
+    dz, dd = -_row(c, AFTER) * U, -_row(c, GAIN_END) * U
     U = _product(_of(layer, to.m), _get(c, layer.x, i) * _row(c, layer.step), PRECISION)
     _add_to(_line(c, D_KEEP), -tl.sum(_get(c, layer.d, o) * U, 0))
     dd -= _row(c, KEEP) * U

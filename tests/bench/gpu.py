@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -210,15 +211,12 @@ def cost(kernel: str, m: hope.MemoryConfig, o: int, i: int, read: bool, tokens: 
 def layer_cost(kernel: str, m: hope.MemoryConfig, tokens: int) -> tuple[float, float]:
     """`cost` of a whole layer, or of its backward pass from the states of all chunks, as fused.py counts it."""
     inputs, flags = layer_inputs(m, tokens)
-    Y, states = fused._forward_shapes(inputs, True, *flags)
-    multiplications = fused._products([None if z is None else z.shape for z in inputs], *flags[:4])
-    if kernel == "layer_forward":
-        moved = fused.traffic(fused.FORWARD, (inputs, True, *flags), (Y, states))
-        return moved, 2.0 * tokens / m.chunk * multiplications[0]
-    grads = Y, *inputs[7:11]
-    found = fused._backward_shapes(inputs, states, grads)
-    moved = fused.traffic(fused.BACKWARD, (inputs, states, grads, *flags), found)
-    return moved, 2.0 * tokens / m.chunk * multiplications[1]
+    operation, args = fused.FORWARD, (inputs, True, *flags)
+    out = Y, states = fused._forward_shapes(*args)
+    if kernel == "layer_backward":
+        operation, args = fused.BACKWARD, (inputs, states, [Y, *inputs[7:11]], *flags)
+        out = fused._backward_shapes(*args)
+    return fused.traffic(operation, args, out), float(flop_registry[operation](*args, out_val=out))
 
 
 def occupation(targets: list[str], sizes: list[str], arch: str, names: tuple[str, ...]) -> list[dict]:
